@@ -1,0 +1,129 @@
+"""Frames on demand: what a camera would see is kept as a ticket and rendered only when somebody reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, ItemsView, ValuesView
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import numpy as np
+
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+"""Observation key → camera name in the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTicket:
+    """All that a picture depends on. Two equal tickets give equal bytes, in any process with the same model."""
+
+    qpos: np.ndarray
+    """Joint positions whose kinematics the camera sees, float64[nq]."""
+    body_pose: np.ndarray
+    """Position and quaternion of every body in its parent, float64[nbody, 7]: fixtures are placed here, not in qpos."""
+    site_alpha: np.ndarray
+    """Opacity of every site, float32[nsite]: a stove that is on shows one."""
+
+
+class FrameRenderer:
+    """Renders tickets of one model with simulation data of its own, so that the running physics is never touched.
+
+    Args:
+        model: robosuite's wrapped model.
+        size: height and width in pixels.
+    """
+
+    def __init__(self, model: Any, size: int) -> None:
+        self._model = model._model
+        self._size = size
+        self._sim: Any = None
+        self.seconds = 0.0
+        """Time spent rendering so far."""
+        self.frames = 0
+        """Frames rendered so far."""
+
+    def render(self, ticket: FrameTicket, camera: str) -> np.ndarray:
+        """The frame of ``camera`` (a key of `CAMERAS`): uint8[size, size, 3], rotated by 180° as policies expect."""
+        started = time.perf_counter()
+        sim = self._context()
+        model = self._model
+        keep = body_pose_of(model), model.site_rgba[:, 3].copy()
+        try:
+            _apply(model, ticket.body_pose, ticket.site_alpha)
+            sim.data.qpos[:] = ticket.qpos
+            mujoco.mj_kinematics(model, sim.data._data)
+            mujoco.mj_comPos(model, sim.data._data)
+            mujoco.mj_camlight(model, sim.data._data)
+            # robosuite makes a context current only at its creation; another environment may have been made since.
+            sim._render_context_offscreen.gl_ctx.make_current()
+            frame = sim.render(camera_name=CAMERAS[camera], width=self._size, height=self._size)
+        finally:
+            _apply(model, *keep)
+        self.frames += 1
+        self.seconds += time.perf_counter() - started
+        # robosuite returns what OpenGL gives, rows bottom-up; published policies expect that turned by 180 degrees,
+        # which is the upright view mirrored left to right.
+        return np.ascontiguousarray(frame[::-1, ::-1])
+
+    def close(self) -> None:
+        """Release the OpenGL context, if one was made."""
+        if self._sim is not None:
+            self._sim.free()
+            self._sim = None
+
+    def _context(self) -> Any:
+        if self._sim is None:
+            from robosuite.utils.binding_utils import MjRenderContextOffscreen, MjSim
+
+            self._sim = MjSim(self._model)
+            context = MjRenderContextOffscreen(self._sim, device_id=-1)
+            context.vopt.geomgroup[0] = 0
+            context.vopt.geomgroup[1] = 1
+        return self._sim
+
+
+def body_pose_of(model: Any) -> np.ndarray:
+    """Position and quaternion of every body in its parent: float64[nbody, 7]."""
+    return np.concatenate([model.body_pos, model.body_quat], axis=1)
+
+
+def _apply(model: Any, body_pose: np.ndarray, site_alpha: np.ndarray) -> None:
+    model.body_pos[:] = body_pose[:, :3]
+    model.body_quat[:] = body_pose[:, 3:]
+    model.site_rgba[:, 3] = site_alpha
+
+
+class LazyObservation(dict[str, Any]):
+    """An observation dictionary whose camera frames are rendered at first reading and then kept.
+
+    Pickling renders, so that what arrives elsewhere is complete.
+    """
+
+    def __init__(self, values: dict[str, Any], ticket: FrameTicket, render: Callable[[FrameTicket, str], np.ndarray]):
+        super().__init__({key: None for key in CAMERAS} | values)
+        self.ticket = ticket
+        self._render = render
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None and key in CAMERAS:
+            value = self._render(self.ticket, key)
+            self[key] = value
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def rendered(self) -> dict[str, Any]:
+        """A plain dictionary with all frames."""
+        return {key: self[key] for key in self}
+
+    def values(self) -> ValuesView[Any]:
+        return self.rendered().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self.rendered().items()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.rendered(),)

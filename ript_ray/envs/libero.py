@@ -63,8 +63,6 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._renderer = FrameRenderer(self._env.sim.model, image_size)
         self._stepper = ControlStepper(self._env)
         self._clock = SampleClock(self._env.control_freq)
-        model = self._env.sim.model._model
-        self._pristine = {name: getattr(model, name).copy() for name in _MUTABLE_MODEL_FIELDS}
         self._steps = 0
         self._over = True
         self._observation: LazyObservation | None = None
@@ -159,7 +157,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         env = self._env
         model = env.sim.model._model
         for attempt in range(1, 1000):
-            for name, value in self._pristine.items():
+            for name, value in env.compiled_fields.items():
                 getattr(model, name)[:] = value
             env.robots[0].gripper.current_action = np.zeros(env.robots[0].gripper.dof)
             env.object_property_initializers = self._base_initializers * (attempt + 1)
@@ -213,12 +211,29 @@ _CHARSET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 _-,."
 
 
 def _build(task: Task) -> Any:
-    from libero.libero.envs.env_wrapper import ControlEnv
+    """The robosuite environment of a task with LIBERO's own settings, plus a record of the model as compiled."""
+    import libero.libero.envs.bddl_utils as bddl
+    from libero.libero.envs import TASK_MAPPING
+    from robosuite import load_controller_config
 
-    # The renderer is made on first use, with data of its own (see FrameRenderer).
-    return ControlEnv(
-        bddl_file_name=str(task.bddl_file), use_camera_obs=False, has_renderer=False, has_offscreen_renderer=False
-    ).env
+    stock: Any = TASK_MAPPING[bddl.get_problem_info(str(task.bddl_file))["problem_name"]]
+
+    def initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        stock._initialize_sim(self, xml_string)
+        model = self.sim.model._model
+        self.compiled_fields = {name: getattr(model, name).copy() for name in _MUTABLE_MODEL_FIELDS}
+
+    # Fixtures are moved in the model itself as soon as it exists, so the untouched values are recorded in between.
+    # LIBERO checks the class name, hence the subclass of the same name.
+    recording = type(stock.__name__, (stock,), {"_initialize_sim": initialize_sim})
+    return recording(
+        str(task.bddl_file),
+        robots=["Panda"],
+        controller_configs=load_controller_config(default_controller="OSC_POSE"),
+        initialization_noise=None,
+        use_camera_obs=False,
+        has_offscreen_renderer=False,  # made on first use, with data of its own (see FrameRenderer)
+    )
 
 
 def _axis_angle(quat: np.ndarray) -> np.ndarray:

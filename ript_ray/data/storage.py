@@ -1,0 +1,52 @@
+"""Trajectories on disk: safetensors for arrays, JSON for the rest. Nothing that executes code when loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ript_ray.errors import UserError
+from ript_ray.types import Context, Trajectory
+
+_ARRAYS = ("actions", "labels", "states", "frames", "frame_steps", "qpos", "body_pose", "site_alpha")
+
+
+def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dict[str, object]) -> None:
+    """Write trajectories and a JSON description of how they were made to one file."""
+    tensors: dict[str, np.ndarray] = {}
+    records = []
+    for i, trajectory in enumerate(trajectories):
+        for name in _ARRAYS:
+            value = getattr(trajectory, name)
+            if value is not None:
+                tensors[f"{i}.{name}"] = np.ascontiguousarray(value)
+        plain = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name not in _ARRAYS}
+        records.append(plain | {"context": asdict(trajectory.context)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"trajectories": json.dumps(records), "about": json.dumps(about)})
+
+
+def load_trajectories(path: Path) -> list[Trajectory]:
+    """Read what `save_trajectories` wrote.
+
+    Raises:
+        UserError: when the file is missing or is not such a file.
+    """
+    if not path.is_file():
+        raise UserError(f"no trajectories at {path}; make some with: python launch.py demos data.demos={path}")
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if "trajectories" not in metadata:
+            raise UserError(f"{path} holds no trajectories (expected a file written by: python launch.py demos)")
+        present = set(file.keys())
+        loaded = []
+        for i, record in enumerate(json.loads(metadata["trajectories"])):
+            arrays = {n: file.get_tensor(f"{i}.{n}") if f"{i}.{n}" in present else None for n in _ARRAYS}
+            loaded.append(Trajectory(**(record | {"context": Context(**record["context"])} | arrays)))
+    return loaded

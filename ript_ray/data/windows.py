@@ -1,0 +1,68 @@
+"""SO100 windows: every stretch of 50 actions of a trajectory is a sample. Windows are indices, never copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ript_ray.types import Batch, Trajectory, Window
+
+HORIZON = 50
+"""Actions in a window, and in the chunk that a policy predicts."""
+
+Short = Literal["pad", "drop"]
+Tail = Literal["drop", "pad"]
+
+
+def window_starts(length: int, horizon: int = HORIZON, short: Short = "pad", tail: Tail = "drop") -> range:
+    """First steps of all windows of a trajectory of ``length`` steps.
+
+    With ``tail="drop"`` there are length − horizon + 1 of them (80 → 31, 100 → 51), all full. With ``tail="pad"``
+    every step starts a window and those near the end are padded. A trajectory shorter than ``horizon`` gives one
+    padded window with ``short="pad"`` and none with ``short="drop"``.
+    """
+    if length < horizon:
+        if short == "drop" or length == 0:
+            return range(0)
+        return range(length if tail == "pad" else 1)
+    return range(length if tail == "pad" else length - horizon + 1)
+
+
+def seen_starts(trajectory: Trajectory, short: Short = "pad", tail: Tail = "drop") -> list[int]:
+    """Starts of those windows whose frame exists already, because the policy looked there: they cost no rendering."""
+    starts = window_starts(len(trajectory), short=short, tail=tail)
+    return [int(step) for step in trajectory.frame_steps if int(step) in starts]
+
+
+def gather(
+    windows: Sequence[Window], trajectories: Mapping[int, Trajectory], advantages: Mapping[int, float]
+) -> Batch:
+    """Copy the data of ``windows`` into one batch. Padded steps repeat the last action and are marked invalid.
+
+    Raises:
+        KeyError: when a window's frame was never rendered.
+    """
+    steps = np.arange(HORIZON)
+    frames, states, actions, valid = [], [], [], []
+    for window in windows:
+        trajectory = trajectories[window.trajectory]
+        row = int(np.searchsorted(trajectory.frame_steps, window.start))
+        if row == len(trajectory.frame_steps) or trajectory.frame_steps[row] != window.start:
+            raise KeyError(f"no frame at step {window.start} of trajectory {window.trajectory}")
+        source = trajectory.actions if trajectory.labels is None else trajectory.labels
+        index = window.start + steps
+        frames.append(trajectory.frames[row])
+        states.append(trajectory.states[window.start])
+        actions.append(source[np.minimum(index, len(trajectory) - 1)])
+        valid.append(index < len(trajectory))
+    return Batch(
+        frames=torch.from_numpy(np.stack(frames)),
+        states=torch.from_numpy(np.stack(states)),
+        actions=torch.from_numpy(np.stack(actions)),
+        valid=torch.from_numpy(np.stack(valid)),
+        advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
+        instructions=[trajectories[w.trajectory].instruction for w in windows],
+    )

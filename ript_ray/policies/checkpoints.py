@@ -1,0 +1,99 @@
+"""Policies on disk: ``model.safetensors`` and ``policy.json`` (sizes, transform) in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ript_ray.errors import UserError
+from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.transform import Transform
+
+Weights = dict[str, torch.Tensor]
+
+
+def save_policy(folder: Path, policy: FlowPolicy, about: Mapping[str, object] | None = None) -> None:
+    """Write a policy; the folder appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.partial")
+    staging.mkdir(exist_ok=True)
+    save_file(cpu_weights(policy), staging / "model.safetensors")
+    description = {
+        "type": "flow",
+        "config": asdict(policy.config),
+        "transform": policy.transform.to_json(),
+        "about": dict(about or {}),
+    }
+    (staging / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
+    if folder.exists():
+        for file in staging.iterdir():
+            file.replace(folder / file.name)
+        staging.rmdir()
+    else:
+        staging.rename(folder)
+
+
+def load_policy(folder: Path) -> FlowPolicy:
+    """Read a policy in evaluation mode.
+
+    Raises:
+        UserError: when files are missing, or a tensor is missing, unknown or misshapen. Never random weights.
+    """
+    for name in ("policy.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"policy.checkpoint={str(folder)!r}: {name} not found there; expected a folder written by "
+                f"'python launch.py sft', for example {_shipped_example()}"
+            )
+    description = json.loads((folder / "policy.json").read_text())
+    if description.get("type") != "flow":
+        raise UserError(f"policy.checkpoint={str(folder)!r}: unknown type {description.get('type')!r}; valid: 'flow'")
+    return build_policy(description, load_file(folder / "model.safetensors"))
+
+
+def build_policy(description: Mapping[str, dict[str, object]], weights: Weights) -> FlowPolicy:
+    """A policy from its description (as in ``policy.json``) and weights."""
+    config = FlowConfig(**description["config"])  # type: ignore[arg-type]
+    blank = torch.ones(config.horizon, config.action_dim)
+    policy = FlowPolicy(config, Transform.from_json(description["transform"]), blank, blank)
+    expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"policy weights do not fit: {name} should be {expected.get(name, 'absent')}, "
+                f"the file has {found.get(name, 'nothing')}"
+            )
+    policy.load_state_dict(weights)
+    return policy.eval()
+
+
+def describe(policy: FlowPolicy) -> dict[str, dict[str, object]]:
+    """What `build_policy` needs besides the weights."""
+    return {"config": asdict(policy.config), "transform": policy.transform.to_json()}
+
+
+def cpu_weights(policy: torch.nn.Module) -> Weights:
+    """A detached copy of all weights and buffers on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in policy.state_dict().items()}
+
+
+def weights_sha256(weights: Weights) -> str:
+    """A fingerprint of names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shipped_example() -> str:
+    shipped = sorted(Path(__file__).resolve().parents[2].glob("checkpoints/*/policy.json"))
+    return f"checkpoints/{shipped[0].parent.name}" if shipped else "one of your own"

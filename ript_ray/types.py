@@ -1,0 +1,118 @@
+"""What flows through the system: contexts, trajectories, windows, batches, with shapes and units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Where an episode starts. Equal contexts start in the same simulator state and draw the same policy noise."""
+
+    env_id: str
+    init_state: int
+    """Index of the benchmark's initial state, 0 to 49."""
+    seed: int
+    """Seeds the environment's reset and the policy's noise."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Trajectory:
+    """One episode of L control steps. Arrays are stored once; windows and frames are views and tickets into them."""
+
+    context: Context
+    policy_version: int
+    """Weights version that acted, 0 for the starting policy, −1 for a scripted expert."""
+    success: bool
+    actions: np.ndarray
+    """What was executed, in the environment's units: float32[L, 7]."""
+    labels: np.ndarray | None = None
+    """What to imitate where it differs from what was executed (an expert's clean actions): float32[L, 7]."""
+    states: np.ndarray
+    """Proprioception before each action: float32[L, 8]."""
+    frames: np.ndarray
+    """Rendered frames, both cameras (agentview, wrist): uint8[n, 2, H, W, 3]."""
+    frame_steps: np.ndarray
+    """The step before which each frame was seen, ascending: int32[n]."""
+    qpos: np.ndarray
+    """Frame tickets: joint positions the cameras would have seen before each action: float64[L, nq]."""
+    body_pose: np.ndarray
+    """Frame tickets: body poses, constant over the episode: float64[nbody, 7]."""
+    site_alpha: np.ndarray
+    """Frame tickets: opacity of sites before each action: float32[L, nsite]."""
+    instruction: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time spent in ``physics``, ``render`` and ``inference``."""
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def reward(self) -> float:
+        """1 for success, 0 for failure."""
+        return float(self.success)
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of all arrays."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A training sample as an index: the actions from ``start`` on, of one trajectory of the pool."""
+
+    trajectory: int
+    """Identifier of the trajectory in its pool."""
+    start: int
+    """First step of the window; the policy saw the observation before this step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """B windows, gathered for one micro-batch."""
+
+    frames: torch.Tensor
+    """uint8[B, 2, H, W, 3]"""
+    states: torch.Tensor
+    """float32[B, 8]"""
+    actions: torch.Tensor
+    """float32[B, 50, 7], in the environment's units."""
+    valid: torch.Tensor
+    """bool[B, 50]: False where the trajectory had ended (padding)."""
+    advantages: torch.Tensor
+    """float32[B]"""
+    instructions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two batches of (nearly) half the size, for a batch that did not fit into memory."""
+        middle = len(self) // 2
+        return self[:middle], self[middle:]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(
+            frames=self.frames[rows],
+            states=self.states[rows],
+            actions=self.actions[rows],
+            valid=self.valid[rows],
+            advantages=self.advantages[rows],
+            instructions=self.instructions[rows],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            frames=self.frames.to(device),
+            states=self.states.to(device),
+            actions=self.actions.to(device),
+            valid=self.valid.to(device),
+            advantages=self.advantages.to(device),
+            instructions=self.instructions,
+        )

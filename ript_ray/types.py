@@ -91,10 +91,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.states)
 
-    def halves(self) -> tuple[Batch, Batch]:
-        """Two batches of (nearly) half the size, for a batch that did not fit into memory."""
-        middle = len(self) // 2
-        return self[:middle], self[middle:]
 
     def __getitem__(self, rows: slice) -> Batch:
         return Batch(

@@ -127,6 +127,11 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         return len(self._init_states)
 
     @property
+    def elapsed_steps(self) -> int:
+        """Control steps since the last reset, settle steps not counted."""
+        return self._steps
+
+    @property
     def render_seconds(self) -> float:
         """Seconds spent rendering since construction."""
         return self._renderer.seconds

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,9 +58,18 @@ def load_policy(folder: Path) -> FlowPolicy:
     return build_policy(description, load_file(folder / "model.safetensors"))
 
 
-def build_policy(description: Mapping[str, dict[str, object]], weights: Weights) -> FlowPolicy:
-    """A policy from its description (as in ``policy.json``) and weights."""
-    config = FlowConfig(**description["config"])  # type: ignore[arg-type]
+def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> FlowPolicy:
+    """A policy in evaluation mode from its description (as in ``policy.json``) and weights.
+
+    Args:
+        description: its ``config`` and ``transform``.
+        weights: every tensor by name.
+        share: use the tensors themselves as parameters instead of copying them; for inference only.
+
+    Raises:
+        UserError: when a tensor is missing, unknown or misshapen.
+    """
+    config = FlowConfig(**description["config"])
     blank = torch.ones(config.horizon, config.action_dim)
     policy = FlowPolicy(config, Transform.from_json(description["transform"]), blank, blank)
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
@@ -70,11 +80,11 @@ def build_policy(description: Mapping[str, dict[str, object]], weights: Weights)
                 f"policy weights do not fit: {name} should be {expected.get(name, 'absent')}, "
                 f"the file has {found.get(name, 'nothing')}"
             )
-    policy.load_state_dict(weights)
+    policy.load_state_dict(weights, assign=share)
     return policy.eval()
 
 
-def describe(policy: FlowPolicy) -> dict[str, dict[str, object]]:
+def describe(policy: FlowPolicy) -> dict[str, Any]:
     """What `build_policy` needs besides the weights."""
     return {"config": asdict(policy.config), "transform": policy.transform.to_json()}
 

@@ -24,7 +24,7 @@ class FlowConfig:
     horizon: int = 50
     action_dim: int = 7
     state_dim: int = 8
-    channels: int = 48
+    channels: int = 32
     context: int = 256
     width: int = 384
     depth: int = 3
@@ -100,7 +100,7 @@ class FlowPolicy(nn.Module):
         skip = (time - (1 - time) * std**2) / variance
         return -mean + skip * centred + std / variance.sqrt() * correction
 
-    def losses(self, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared velocity errors of both branches, c = 1 and c = 0, with shared noise and time.
 
         Args:
@@ -118,8 +118,8 @@ class FlowPolicy(nn.Module):
         condition = torch.tensor([1, 0], device=t.device).repeat_interleave(len(batch))
         velocity = self.velocity(context.repeat(2, 1), noisy.repeat(2, 1, 1), t.repeat(2), condition)
         errors = (velocity - (noise - chunk).repeat(2, 1, 1)).square()
-        good, any_ = errors.chunk(2)
-        return good, any_
+        conditional, unconditional = errors.chunk(2)
+        return conditional, unconditional
 
     @torch.no_grad()
     def act(
@@ -184,14 +184,10 @@ class _CameraEncoder(nn.Module):
         super().__init__()
         self.features = 3 * channels
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 24, 5, stride=2, padding=2),
-            nn.SiLU(),
-            nn.Conv2d(24, channels, 3, stride=2, padding=1),
-            nn.GroupNorm(4, channels),
-            nn.SiLU(),
+            nn.Conv2d(3, channels, 8, stride=4, padding=2),
+            nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(4, channels),
-            nn.SiLU(),
+            nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
 

@@ -1,0 +1,364 @@
+"""The front door: one command line for everything a user does.
+
+    python launch.py doctor                      is this machine ready?
+    python launch.py demos                       demonstrations by a scripted expert
+    python launch.py sft data.demos=FILE         a starting policy from demonstrations
+    python launch.py train                       make the policy better by trying
+    python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
+    python launch.py bench env|learner           measured speed, as ratios
+
+Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ript_ray.config import Config, load_config, save_config
+from ript_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.tracking import Tracker
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+
+
+def train(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Collect, learn, publish, again and again; evaluate on held-out states before and after."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from actors.coordinator import Coordinator
+    from actors.pool import SamplePool
+    from actors.rollout import RolloutActor
+    from actors.weights import WeightStore
+    from cluster.session import ResourcePlan, ray_session, start_actors
+    from cluster.tracking import tracking
+    from learner.loop import train_loop
+    from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
+
+    started = time.perf_counter()
+    policy = load_policy(resolve(config.policy.checkpoint))
+    check_images(config, policy.transform.image_size)
+    weights, description = cpu_weights(policy), describe(policy)
+    plan = ResourcePlan.of(config.scaling)
+    with ray_session(config.scaling, plan), tracking(
+        config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")
+    ) as tracker:
+        store = WeightStore.remote()
+        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
+        actors = start_actors(RolloutActor, config.scaling, config, description, store)
+        pool = SamplePool.remote(config)
+        coordinator = Coordinator.remote(config, actors, pool, store)
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={
+                "config": config,
+                "description": description,
+                "weights": [ray.put(weights)],
+                "pool": pool,
+                "store": store,
+                "coordinator": coordinator,
+                "run_dir": str(run_dir.resolve()),
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.scaling.learners,
+                use_gpu=config.scaling.learner_gpus > 0,
+                resources_per_worker={"CPU": config.scaling.learner_cpus, "GPU": config.scaling.learner_gpus},
+            ),
+            run_config=ray.train.RunConfig(name="learners", storage_path=str(run_dir.resolve())),
+        )
+        with Monitor(config, coordinator, run_dir, tracker) as monitor:
+            base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
+            collecting = coordinator.run.remote()
+            monitor.watch(collecting, pool)
+            try:
+                trainer.fit()
+            finally:
+                monitor.raise_if_collecting_failed()
+            ray.get(collecting, timeout=config.scaling.wait_timeout_s)
+            final = ray.get(coordinator.evaluate.remote("evaluating after", keep=1))
+        version, sha256 = ray.get(store.newest_version.remote(), timeout=60)
+        totals = ray.get(coordinator.totals.remote(), timeout=60)
+        counts = ray.get(pool.stats.remote(), timeout=60)
+        summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actors[0].renderer.remote()))
+        summary |= {"updates": config.train.updates, "weights_version": version, "weights_sha256": sha256}
+        summary["seconds"]["total"] = time.perf_counter() - started
+        leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
+        tracker.artifacts(run_dir)
+    return summary
+
+
+def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Success rate of ``policy.checkpoint`` on held-out initial states."""
+    import ray
+
+    from actors.coordinator import Coordinator
+    from actors.rollout import RolloutActor
+    from actors.weights import WeightStore
+    from cluster.session import ResourcePlan, ray_session, start_actors
+    from ript_ray.evaluation import success_summary
+    from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
+    from ript_ray.reporting import versions
+
+    policy = load_policy(resolve(config.policy.checkpoint))
+    check_images(config, policy.transform.image_size)
+    weights = cpu_weights(policy)
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        store = WeightStore.remote()
+        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
+        actors = start_actors(RolloutActor, config.scaling, config, describe(policy), store)
+        coordinator = Coordinator.remote(config, actors, None, store)
+        with Monitor(config, coordinator, run_dir, None):
+            outcome = ray.get(coordinator.evaluate.remote("evaluating"))
+        renderer = ray.get(actors[0].renderer.remote())
+    result = success_summary(outcome["results"])
+    low, high = result["ci95"]
+    print(f"{config.env.id}: {result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%}")
+    return {"env": config.env.id} | result | {"results": outcome["results"], "versions": versions(renderer)}
+
+
+def demos(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Have the scripted expert make ``demos.episodes`` demonstrations."""
+    import ray
+    from ray.util import ActorPool
+    from tqdm import tqdm
+
+    from actors.rollout import RolloutActor
+    from cluster.session import ResourcePlan, ray_session, start_actors
+    from ript_ray.data.storage import save_trajectories
+    from ript_ray.types import Context
+
+    first, end = config.env.train_init_states
+    contexts = [
+        Context(config.env.id, first + i % (end - first), config.run.seed + i) for i in range(config.demos.episodes)
+    ]
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        workers = ActorPool(start_actors(RolloutActor, config.scaling, config, {}, None))
+        results = workers.map(lambda actor, context: actor.demonstrate.remote(context), contexts)
+        made = [ray.get(ray.put(demo)) for demo in tqdm(results, total=len(contexts), desc="demonstrations")]
+    file = resolve(config.data.demos)
+    save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
+    successes = sum(demo.success for demo in made)
+    print(f"{len(made)} demonstrations, {successes} successful, in {file}")
+    return {"episodes": len(made), "successes": successes, "file": str(file)}
+
+
+def sft(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Train a starting policy on demonstrations."""
+    import torch
+    from tqdm import tqdm
+
+    from learner.sft import train_on_demonstrations
+    from ript_ray.policies.checkpoints import cpu_weights, save_policy, weights_sha256
+
+    torch.set_num_threads(config.scaling.learner_threads)
+    with tqdm(total=config.sft.steps, desc="imitation") as bar:
+
+        def on_step(index: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        policy, diagnostics = train_on_demonstrations(config, on_step)
+    folder = resolve(config.sft.output)
+    save_policy(folder, policy, about={"sft": config.sft.model_dump(), "demos": config.data.demos})
+    print(f"policy of {sum(p.numel() for p in policy.parameters()):,} parameters in {folder}")
+    return diagnostics | {"output": str(folder), "weights_sha256": weights_sha256(cpu_weights(policy))}
+
+
+class Monitor:
+    """The progress bar, ``metrics.jsonl`` and MLflow, fed once a second from the coordinator."""
+
+    def __init__(self, config: Config, coordinator: Any, run_dir: Path, tracker: Tracker | None) -> None:
+        from tqdm import tqdm
+
+        self.rows: list[dict[str, Any]] = []
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._metrics = run_dir / "metrics.jsonl"
+        self._collecting: Any = None
+        self._pool: Any = None
+        self._failure: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="monitor", daemon=True)
+        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        self._poll()
+        self._bar.close()
+
+    def watch(self, collecting: Any, pool: Any) -> None:
+        """End the learners when the collection of samples fails, instead of letting them wait for it."""
+        self._collecting, self._pool = collecting, pool
+
+    def raise_if_collecting_failed(self) -> None:
+        """Raise the coordinator's own error, which explains the learners'."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _loop(self) -> None:
+        while not self._stop.wait(1.0):
+            self._poll()
+
+    def _poll(self) -> None:
+        import json
+
+        import ray
+
+        state = ray.get(self._coordinator.progress.remote(len(self.rows)), timeout=60)
+        for row in state["rows"]:
+            self.rows.append(row)
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._tracker is not None:
+                self._tracker.log(row)
+        self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
+        self._bar.n = round(state["fraction"], 4)
+        self._bar.refresh()
+        if self._collecting is not None and ray.wait([self._collecting], timeout=0)[0]:
+            collecting, self._collecting = self._collecting, None
+            try:
+                ray.get(collecting)
+            except Exception as error:  # handed to the main thread, which raises it
+                self._failure = error
+                ray.kill(self._pool)
+
+
+def summarise(
+    config: Config,
+    base: dict[str, Any],
+    final: dict[str, Any],
+    totals: dict[str, Any],
+    counts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    renderer: str,
+) -> dict[str, Any]:
+    """The content of ``summary.json``."""
+    from ript_ray.evaluation import paired_p_value, success_summary
+    from ript_ray.reporting import versions
+
+    seconds = totals.pop("seconds")
+    for part in ("busy", "idle"):
+        seconds[f"learner_{part}"] = sum(row.get(f"learner/{part}_s", 0.0) for row in rows)
+    return {
+        "env": config.env.id,
+        "base": success_summary(base["results"]),
+        "final": success_summary(final["results"]),
+        "paired_p": paired_p_value(base["results"], final["results"]),
+        "held_out_init_states": list(config.env.eval_init_states),
+        "train_init_states": list(config.env.train_init_states),
+        **totals,
+        **counts,
+        "seconds": seconds,
+        "learner_peak_memory_mb": max((row.get("learner/peak_memory_mb", 0.0) for row in rows), default=0.0),
+        "versions": versions(renderer),
+    }
+
+
+def leave_behind(
+    run_dir: Path, summary: dict[str, Any], rows: list[dict[str, Any]], actor: Any, outcomes: dict[str, Any]
+) -> None:
+    """Write summary, curve, and videos of a failed and of a successful rollout before and after."""
+    import ray
+
+    from ript_ray.reporting import describe_summary, plot_success, write_json, write_video
+
+    write_json(run_dir / "summary.json", summary)
+    plot_success(run_dir / "success.png", summary, rows)
+    for when, outcome in outcomes.items():
+        for success, kept in outcome["kept"].items():
+            for reference in kept.values():
+                frames = ray.get(actor.film.remote(reference), timeout=300)
+                write_video(run_dir / f"{when}-{'success' if success else 'failure'}.mp4", frames, 10.0)
+    print(describe_summary(summary))
+    print(f"  everything in {run_dir}")
+
+
+def check_images(config: Config, trained_on: int) -> None:
+    """Frames must have the size that the policy was trained on."""
+    if config.env.image_size != trained_on:
+        raise UserError(
+            f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
+            f"{trained_on}×{trained_on} pixels; set env.image_size={trained_on}"
+        )
+
+
+def resolve(path: str) -> Path:
+    """A path as given, or, when it is not there, relative to the project: commands work from any folder."""
+    given = Path(path)
+    return given if given.exists() or given.is_absolute() else Path(__file__).parent / given
+
+
+def make_run_dir(config: Config, command: str) -> Path:
+    """Create the run directory and write the resolved configuration into it."""
+    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
+    if (run_dir / "summary.json").exists():
+        raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    logging.basicConfig(
+        filename=run_dir / "run.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    return run_dir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run the command, return the exit code: 0, or 2 for a mistake in the input."""
+    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("command", choices=["train", "eval", "demos", "sft", "bench", "doctor"])
+    parser.add_argument("settings", nargs="*", help="section.key=value, and for bench: env or learner")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        result = dispatch(options.command, options.settings, options.config)
+        if options.json:
+            from ript_ray.reporting import write_json
+
+            write_json(options.json, result)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
+    """Run one command with its configuration and return its result."""
+    from ript_ray.envs import find_task
+
+    subjects = [word for word in settings if "=" not in word]
+    config = load_config(config_file, [word for word in settings if "=" in word])
+    find_task(config.env.id)
+    if command == "bench":
+        from benchmarks import run_benchmark
+
+        return run_benchmark(subjects, config)
+    if subjects:
+        raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
+    if command == "doctor":
+        from cluster.doctor import examine
+
+        return examine(config)
+    commands = {"train": train, "eval": evaluate, "demos": demos, "sft": sft}
+    return commands[command](config, make_run_dir(config, command))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

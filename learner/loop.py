@@ -1,0 +1,128 @@
+"""What every worker of the learner group runs: ask for a shard, update, publish, report."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from learner.update import Step, update
+from ript_ray.config import Config
+from ript_ray.data.windows import gather
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, save_policy, weights_sha256
+from ript_ray.policies.flow import FlowPolicy
+from ript_ray.types import Batch, Trajectory, Window
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Train for all updates.
+
+    Args:
+        settings: ``config`` (Config), ``description`` and ``weights`` (object reference in a list) of the starting
+            policy, handles ``pool``, ``store`` and ``coordinator``, and ``run_dir``.
+
+    Raises:
+        TimeoutError: when no samples arrive within ``scaling.wait_timeout_s``.
+    """
+    config: Config = settings["config"]
+    pool, store, coordinator = settings["pool"], settings["store"], settings["coordinator"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    limit = config.scaling.wait_timeout_s
+    device = ray.train.torch.get_device() if config.scaling.learner_gpus > 0 else torch.device("cpu")
+    torch.set_num_threads(config.scaling.learner_threads)
+    start = ray.get(settings["weights"][0], timeout=limit)
+    policy = build_policy(settings["description"], start).to(device)
+    memory = PeakMemory()
+    for step in range(config.train.updates):
+        waiting = time.perf_counter()
+        shard = ray.get(pool.next_shard.remote(step, rank, world, limit), timeout=limit + 30)
+        if shard is None:
+            raise TimeoutError(
+                f"learner {rank} waited {limit:.0f} s for the samples of update {step + 1}; see the Coordinator's log, "
+                "or raise scaling.wait_timeout_s"
+            )
+        idle = time.perf_counter() - waiting
+        began = time.perf_counter()
+        if config.train.restart:
+            policy.load_state_dict(start)
+        diagnostics = _learn(policy, shard, config, rank, coordinator, memory)
+        busy = time.perf_counter() - began
+        if rank == 0:
+            weights = cpu_weights(policy)
+            arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+            folder = Path(settings["run_dir"]) / "checkpoints" / f"{step + 1:04d}"
+            save_policy(folder, policy, about={"update": step + 1})
+            published = store.publish.remote(step + 1, arrays, weights_sha256(weights))
+            ray.get(published, timeout=limit)
+        row = {f"learner/{name}": value for name, value in diagnostics.items()}
+        row |= {"learner/busy_s": busy, "learner/idle_s": idle, "learner/peak_memory_mb": memory.read_mb()}
+        if rank == 0:
+            ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
+        ray.train.report(row)
+
+
+def _learn(
+    policy: FlowPolicy, shard: Any, config: Config, rank: int, coordinator: Any, memory: PeakMemory
+) -> dict[str, float]:
+    """One update on one shard; nothing to do when no group was mixed."""
+    steps = plan_steps(shard, config.train.micro_batch, config.scaling.wait_timeout_s)
+    if not steps:
+        return {"steps": 0.0}
+    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + shard.step * 1009 + rank)
+    show = max(1, len(steps) // 100)
+
+    def on_step(index: int, loss: float) -> None:
+        memory.read_mb()
+        if rank == 0 and index % show == 0:
+            coordinator.learning.remote(shard.step, index, len(steps))
+
+    return {"steps": float(len(steps))} | update(policy, steps, config.train, generator, on_step)
+
+
+def plan_steps(shard: Any, micro_batch: int, timeout_s: float) -> list[Step]:
+    """The optimiser steps of a shard. Trajectories are mapped from the object store once, never copied."""
+    trajectories = _Trajectories(shard.trajectories, timeout_s)
+
+    def load(rows: np.ndarray) -> Batch:
+        windows = [Window(int(i), int(start)) for i, start in shard.windows[rows]]
+        return gather(windows, trajectories, shard.advantages)
+
+    return [
+        Step([partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)], shard.batch_size)
+        for rows in shard.order
+    ]
+
+
+class _Trajectories(dict[int, Trajectory]):
+    """Trajectories by identifier, fetched when first needed: views into the object store's shared memory."""
+
+    def __init__(self, references: dict[int, Any], timeout_s: float) -> None:
+        super().__init__()
+        self._references = references
+        self._timeout_s = timeout_s
+
+    def __missing__(self, identifier: int) -> Trajectory:
+        self[identifier] = ray.get(self._references[identifier], timeout=self._timeout_s)
+        return self[identifier]
+
+
+class PeakMemory:
+    """Largest private memory of this process; pages shared with the object store are not counted."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    def read_mb(self) -> float:
+        """Peak in MB, of the values seen at each call."""
+        status = Path("/proc/self/status").read_text()
+        private = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        self._peak = max(self._peak, private / 1024)
+        return self._peak

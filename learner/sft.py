@@ -1,0 +1,66 @@
+"""Supervised fine-tuning on demonstrations: the starting policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from learner.update import Step, update
+from ript_ray.config import Config
+from ript_ray.data.storage import load_trajectories
+from ript_ray.data.windows import gather, seen_starts
+from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import load_policy
+from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Trajectory, Window
+
+
+def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None]) -> tuple[FlowPolicy, dict[str, float]]:
+    """Imitate all demonstrations of ``data.demos``, good and bad alike, for ``sft.steps`` optimiser steps.
+
+    Returns:
+        The policy and the diagnostics of the update.
+    """
+    demos = load_trajectories(Path(config.data.demos))
+    pool = dict(enumerate(demos))
+    windows = [
+        Window(i, start) for i, demo in pool.items() for start in seen_starts(demo, config.data.short, config.data.tail)
+    ]
+    if not windows:
+        raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
+    torch.manual_seed(config.run.seed)
+    policy = load_policy(Path(config.sft.init)) if config.sft.init else new_policy(demos, windows)
+    rng = np.random.default_rng(config.run.seed)
+    no_advantages = dict.fromkeys(pool, 0.0)
+    size = config.train.batch_size
+
+    def load(rows: np.ndarray) -> object:
+        return gather([windows[row] for row in rows], pool, no_advantages)
+
+    order = np.concatenate([rng.permutation(len(windows)) for _ in range(-(-config.sft.steps * size // len(windows)))])
+    steps = []
+    for i in range(config.sft.steps):
+        rows = np.array_split(order[i * size : (i + 1) * size], -(-size // config.train.micro_batch))
+        steps.append(Step([partial(load, part) for part in rows], size))  # type: ignore[list-item]
+    settings = config.train.model_copy(update={"objective": "imitation", "alpha": 1.0})
+    generator = torch.Generator().manual_seed(config.run.seed)
+    return policy, update(policy, steps, settings, generator, on_step)
+
+
+def new_policy(demos: list[Trajectory], windows: list[Window]) -> FlowPolicy:
+    """A fresh policy with the transform and the chunk statistics of the demonstrations."""
+    labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
+    transform = Transform.fit(
+        np.concatenate([demo.states for demo in demos]), np.concatenate(labels), image_size=demos[0].frames.shape[2]
+    )
+    batch = gather(windows, dict(enumerate(demos)), dict.fromkeys(range(len(demos)), 0.0))
+    chunks = transform.encode_actions(batch.actions, batch.states)
+    counted = batch.valid[..., None].float()
+    mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)
+    std = (((chunks - mean).square() * counted).sum(0) / counted.sum(0).clamp_min(1.0)).sqrt().clamp_min(0.05)
+    return FlowPolicy(FlowConfig(), transform, mean, std)

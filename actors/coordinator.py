@@ -153,10 +153,12 @@ class Coordinator:
         self._sampler = ContextSampler(config.env.id, config.env.train_init_states, config.sampling, config.run.seed)
         self._totals = _Totals()
         self._rows: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
         self._stage = "starting"
         self._done = 0
         self._expected = 0
-        self._lock = threading.Lock()
+        self._shares = _planned_work(config, training=pool is not None)
+        self._finished = dict.fromkeys(self._shares, 0.0)
 
     def __repr__(self) -> str:
         return "Coordinator"
@@ -214,7 +216,7 @@ class Coordinator:
                 "stage": self._stage,
                 "done": self._done,
                 "expected": self._expected,
-                "episodes": self._totals.episodes,
+                "fraction": sum(self._shares[k] * self._finished[k] for k in self._shares),
                 "rows": self._rows[seen:],
             }
 
@@ -234,9 +236,11 @@ class Coordinator:
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
+        stage = f"update {step + 1}: learning"
         with self._lock:
+            self._finished[stage] = done / expected
             if not self._stage.endswith("rollouts"):
-                self._stage, self._done, self._expected = f"update {step + 1}: learning", done, expected
+                self._stage, self._done, self._expected = stage, done, expected
 
     def _collect(self, step: int, dispatcher: Dispatcher) -> None:
         """Roll groups out until enough mixed ones were accepted or the budget is spent; cancel the surplus."""
@@ -318,6 +322,8 @@ class Coordinator:
 
     def _enter(self, stage: str, expected: int) -> None:
         with self._lock:
+            if self._stage in self._finished:
+                self._finished[self._stage] = 1.0
             self._stage, self._done, self._expected = stage, 0, expected
 
     def _note(self, report: EpisodeReport) -> None:
@@ -327,7 +333,10 @@ class Coordinator:
         totals.weights_wait_s.append(report.weights_wait_s)
         for name, value in report.seconds.items():
             totals.seconds[name] += value
-        self._done += 1
+        with self._lock:
+            self._done += 1
+            if self._stage in self._finished:
+                self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
 
 
 def evaluation_contexts(config: Config) -> list[Context]:
@@ -336,3 +345,16 @@ def evaluation_contexts(config: Config) -> list[Context]:
     return [
         Context(config.env.id, first + i % (end - first), config.eval.seed + i) for i in range(config.eval.episodes)
     ]
+
+
+def _planned_work(config: Config, training: bool) -> dict[str, float]:
+    """Share of each stage in the whole job, by a rough estimate of its duration in episodes."""
+    evaluation = max(1, config.eval.episodes)
+    if not training:
+        return {"evaluating": 1.0}
+    episodes = config.sampling.groups * config.sampling.group_size
+    work: dict[str, float] = {"evaluating before": evaluation, "evaluating after": evaluation}
+    for step in range(config.train.updates):
+        work[f"update {step + 1}: rollouts"] = episodes
+        work[f"update {step + 1}: learning"] = episodes * 0.02 * config.train.epochs * (step + 1)
+    return {stage: amount / sum(work.values()) for stage, amount in work.items()}

@@ -17,23 +17,8 @@ import ray
 from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import is_mixed, leave_one_out
 from ript_ray.config import Config
-from ript_ray.data.windows import window_starts
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """What one learner trains on in one step of the loop."""
-
-    step: int
-    trajectories: dict[int, Any]
-    """Object references by identifier."""
-    advantages: dict[int, float]
-    windows: np.ndarray
-    """All windows as (trajectory, start): int32[N, 2]."""
-    order: np.ndarray
-    """Rows of ``windows`` of each optimiser step of this rank: int32[steps, batch_size / world]."""
-    batch_size: int
-    """Windows of all ranks together in one optimiser step."""
+from ript_ray.data.windows import shuffled_batches, window_starts
+from ript_ray.types import Shard
 
 
 @dataclass(slots=True)
@@ -113,7 +98,8 @@ class SamplePool:
         self._sweep(step)
         index = [(i, start) for i, sample in self._samples.items() for start in self._starts(sample.report)]
         windows = np.array(index, dtype=np.int32).reshape(-1, 2)
-        order = self._shuffle(len(windows), step)
+        train = self._config.train
+        order = shuffled_batches(len(windows), train.epochs, train.batch_size, [self._config.run.seed, step])
         self._count.windows += len(windows)
         self._count.trained += order.size
         self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
@@ -123,7 +109,7 @@ class SamplePool:
             advantages={i: sample.advantage for i, sample in self._samples.items()},
             windows=windows,
             order=order,
-            batch_size=self._config.train.batch_size,
+            batch_size=train.batch_size,
         )
         for old in [s for s in self._sealed if s < step - 1]:
             del self._sealed[old]
@@ -168,14 +154,3 @@ class SamplePool:
         starts = window_starts(report.length, short=data.short, tail=data.tail)
         # With data.windows=all the frames were completed before, so every start has one.
         return [int(step) for step in report.frame_steps if int(step) in starts]
-
-    def _shuffle(self, count: int, step: int) -> np.ndarray:
-        """Shuffled passes cut into full batches: int32[steps, batch_size]."""
-        size = self._config.train.batch_size
-        if count == 0:
-            return np.zeros((0, size), dtype=np.int32)
-        rng = np.random.default_rng([self._config.run.seed, step])
-        total = self._config.train.epochs * count
-        steps = max(1, total // size)
-        passes = [rng.permutation(count) for _ in range(-(-steps * size // count))]
-        return np.concatenate(passes)[: steps * size].reshape(steps, size).astype(np.int32)

@@ -69,7 +69,7 @@ class RolloutActor:
             denoise_steps=self._config.policy.denoise_steps,
             guidance=guidance,
         )
-        return _report(trajectory, trajectory.seconds, waited), trajectory
+        return make_report(trajectory, trajectory.seconds, waited), trajectory
 
     def render_all(self, trajectory: Trajectory) -> tuple[EpisodeReport, Trajectory]:
         """The same trajectory with a frame before every step; those that exist are kept."""
@@ -77,7 +77,13 @@ class RolloutActor:
 
         complete = render_missing(self._env, trajectory)
         seconds = {"render": complete.seconds["render"] - trajectory.seconds["render"]}
-        return _report(complete, seconds, weights_wait_s=0.0), complete
+        return make_report(complete, seconds, weights_wait_s=0.0), complete
+
+    def film(self, trajectory: Trajectory) -> np.ndarray:
+        """The upright third-person view at every other step: uint8[n, 256, 256, 3]."""
+        from ript_ray.rollout import film
+
+        return film(self._env, trajectory, every=2, size=256)
 
     def demonstrate(self, context: Context) -> Trajectory:
         """One demonstration by the scripted expert."""
@@ -106,8 +112,8 @@ class RolloutActor:
         return self._policy
 
 
-
-def _report(trajectory: Trajectory, seconds: dict[str, float], weights_wait_s: float) -> EpisodeReport:
+def make_report(trajectory: Trajectory, seconds: dict[str, float], weights_wait_s: float) -> EpisodeReport:
+    """The report of a trajectory."""
     return EpisodeReport(
         context=trajectory.context,
         policy_version=trajectory.policy_version,

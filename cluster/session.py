@@ -71,7 +71,9 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
             runtime_env={"env_vars": env_vars | {"PYTHONPATH": _project_path()}},
         )
     except ConnectionError as error:
-        raise UserError(f"scaling.address={address!r}: no Ray cluster answers there; start one: ray start --head") from error
+        raise UserError(
+            f"scaling.address={address!r}: no Ray cluster answers there; start one: ray start --head"
+        ) from error
     try:
         if not local:
             have = ray.cluster_resources()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ript_ray.config import Config
 from ript_ray.data.windows import gather
 from ript_ray.policies.checkpoints import build_policy, cpu_weights, save_policy, weights_sha256
 from ript_ray.policies.flow import FlowPolicy
-from ript_ray.types import Batch, Trajectory, Window
+from ript_ray.types import Batch, Shard, Trajectory, Window
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -70,10 +71,12 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def _learn(
-    policy: FlowPolicy, shard: Any, config: Config, rank: int, coordinator: Any, memory: PeakMemory
+    policy: FlowPolicy, shard: Shard, config: Config, rank: int, coordinator: Any, memory: PeakMemory
 ) -> dict[str, float]:
     """One update on one shard; nothing to do when no group was mixed."""
-    steps = plan_steps(shard, config.train.micro_batch, config.scaling.wait_timeout_s)
+    steps = plan_steps(
+        shard, _Trajectories(shard.trajectories, config.scaling.wait_timeout_s), config.train.micro_batch
+    )
     if not steps:
         return {"steps": 0.0}
     generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + shard.step * 1009 + rank)
@@ -87,9 +90,8 @@ def _learn(
     return {"steps": float(len(steps))} | update(policy, steps, config.train, generator, on_step)
 
 
-def plan_steps(shard: Any, micro_batch: int, timeout_s: float) -> list[Step]:
-    """The optimiser steps of a shard. Trajectories are mapped from the object store once, never copied."""
-    trajectories = _Trajectories(shard.trajectories, timeout_s)
+def plan_steps(shard: Shard, trajectories: Mapping[int, Trajectory], micro_batch: int) -> list[Step]:
+    """The optimiser steps of a shard; each micro-batch is gathered when its turn comes."""
 
     def load(rows: np.ndarray) -> Batch:
         windows = [Window(int(i), int(start)) for i, start in shard.windows[rows]]

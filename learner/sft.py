@@ -17,10 +17,12 @@ from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
-from ript_ray.types import Trajectory, Window
+from ript_ray.types import Batch, Trajectory, Window
 
 
-def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None]) -> tuple[FlowPolicy, dict[str, float]]:
+def train_on_demonstrations(
+    config: Config, on_step: Callable[[int, float], None]
+) -> tuple[FlowPolicy, dict[str, float]]:
     """Imitate all demonstrations of ``data.demos``, good and bad alike, for ``sft.steps`` optimiser steps.
 
     Returns:
@@ -39,14 +41,14 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     no_advantages = dict.fromkeys(pool, 0.0)
     size = config.train.batch_size
 
-    def load(rows: np.ndarray) -> object:
+    def load(rows: np.ndarray) -> Batch:
         return gather([windows[row] for row in rows], pool, no_advantages)
 
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(-(-config.sft.steps * size // len(windows)))])
     steps = []
     for i in range(config.sft.steps):
         rows = np.array_split(order[i * size : (i + 1) * size], -(-size // config.train.micro_batch))
-        steps.append(Step([partial(load, part) for part in rows], size))  # type: ignore[list-item]
+        steps.append(Step([partial(load, part) for part in rows], size))
     settings = config.train.model_copy(update={"objective": "imitation", "alpha": 1.0})
     generator = torch.Generator().manual_seed(config.run.seed)
     return policy, update(policy, steps, settings, generator, on_step)

@@ -112,13 +112,24 @@ def render_missing(env: LiberoEnv, trajectory: Trajectory) -> Trajectory:
     before = env.render_seconds
     frames = []
     for step in range(len(trajectory)):
-        ticket = FrameTicket(trajectory.qpos[step], trajectory.body_pose, trajectory.site_alpha[step])
-        frames.append(
-            seen[step] if step in seen else np.stack([env.render_ticket(ticket, camera) for camera in CAMERAS])
-        )
+        if step in seen:
+            frames.append(seen[step])
+        else:
+            frames.append(np.stack([env.render_ticket(_ticket(trajectory, step), camera) for camera in CAMERAS]))
     return replace(
         trajectory,
         frames=np.stack(frames),
         frame_steps=np.arange(len(trajectory), dtype=np.int32),
         seconds=trajectory.seconds | {"render": trajectory.seconds["render"] + env.render_seconds - before},
     )
+
+
+def film(env: LiberoEnv, trajectory: Trajectory, every: int, size: int) -> np.ndarray:
+    """The upright third-person view before every ``every``-th step: uint8[n, size, size, 3]."""
+    steps = range(0, len(trajectory), every)
+    frames = [env.render_ticket(_ticket(trajectory, step), "agentview", size) for step in steps]
+    return np.stack(frames)[:, :, ::-1]
+
+
+def _ticket(trajectory: Trajectory, step: int) -> FrameTicket:
+    return FrameTicket(trajectory.qpos[step], trajectory.body_pose, trajectory.site_alpha[step])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.states)
 
-
     def __getitem__(self, rows: slice) -> Batch:
         return Batch(
             frames=self.frames[rows],
@@ -112,3 +112,19 @@ class Batch:
             advantages=self.advantages.to(device),
             instructions=self.instructions,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one learner trains on in one step of the loop."""
+
+    step: int
+    trajectories: dict[int, Any]
+    """Object references by identifier."""
+    advantages: dict[int, float]
+    windows: np.ndarray
+    """All windows as (trajectory, start): int32[N, 2]."""
+    order: np.ndarray
+    """Rows of ``windows`` of each optimiser step of this rank: int32[steps, batch_size / world]."""
+    batch_size: int
+    """Windows of all ranks together in one optimiser step."""

@@ -37,9 +37,7 @@ def seen_starts(trajectory: Trajectory, short: Short = "pad", tail: Tail = "drop
     return [int(step) for step in trajectory.frame_steps if int(step) in starts]
 
 
-def gather(
-    windows: Sequence[Window], trajectories: Mapping[int, Trajectory], advantages: Mapping[int, float]
-) -> Batch:
+def gather(windows: Sequence[Window], trajectories: Mapping[int, Trajectory], advantages: Mapping[int, float]) -> Batch:
     """Copy the data of ``windows`` into one batch. Padded steps repeat the last action and are marked invalid.
 
     Raises:
@@ -66,3 +64,16 @@ def gather(
         advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
         instructions=[trajectories[w.trajectory].instruction for w in windows],
     )
+
+
+def shuffled_batches(count: int, epochs: int, batch_size: int, seed: Sequence[int]) -> np.ndarray:
+    """Rows of ``count`` windows in shuffled passes, cut into full batches: int32[steps, batch_size].
+
+    What does not fill a last batch is left out; fewer windows than one batch are repeated to fill it.
+    """
+    if count == 0:
+        return np.zeros((0, batch_size), dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    steps = max(1, epochs * count // batch_size)
+    passes = [rng.permutation(count) for _ in range(-(-steps * batch_size // count))]
+    return np.concatenate(passes)[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)

@@ -43,8 +43,9 @@ class FrameRenderer:
         self.frames = 0
         """Frames rendered so far."""
 
-    def render(self, ticket: FrameTicket, camera: str) -> np.ndarray:
+    def render(self, ticket: FrameTicket, camera: str, size: int | None = None) -> np.ndarray:
         """The frame of ``camera`` (a key of `CAMERAS`): uint8[size, size, 3], rotated by 180° as policies expect."""
+        size = size or self._size
         started = time.perf_counter()
         sim = self._context()
         model = self._model
@@ -57,7 +58,7 @@ class FrameRenderer:
             mujoco.mj_camlight(model, sim.data._data)
             # robosuite makes a context current only at its creation; another environment may have been made since.
             sim._render_context_offscreen.gl_ctx.make_current()
-            frame = sim.render(camera_name=CAMERAS[camera], width=self._size, height=self._size)
+            frame = sim.render(camera_name=CAMERAS[camera], width=size, height=size)
         finally:
             _apply(model, *keep)
         self.frames += 1
@@ -119,10 +120,10 @@ class LazyObservation(dict[str, Any]):
         """A plain dictionary with all frames."""
         return {key: self[key] for key in self}
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
         return self.rendered().values()
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         return self.rendered().items()
 
     def __reduce__(self) -> tuple[Any, ...]:

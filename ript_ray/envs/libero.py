@@ -113,13 +113,13 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._over = success or truncated
         return self._require_observation(), float(success), success, truncated, {"success": success}
 
-    def render(self) -> np.ndarray:  # type: ignore[override]
+    def render(self) -> np.ndarray:
         """The upright third-person view of the last observation: uint8[size, size, 3]."""
         return np.ascontiguousarray(self._require_observation()["agentview"][:, ::-1])
 
-    def render_ticket(self, ticket: FrameTicket, camera: str) -> np.ndarray:
+    def render_ticket(self, ticket: FrameTicket, camera: str, size: int | None = None) -> np.ndarray:
         """Render a frame of this task that was put off, in this or another process: uint8[size, size, 3]."""
-        return self._renderer.render(ticket, camera)
+        return self._renderer.render(ticket, camera, size)
 
     @property
     def num_init_states(self) -> int:
@@ -152,7 +152,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._env.close()
 
     def _reset_like_new(self) -> None:
-        """robosuite's hard reset on the model that is already compiled.
+        """Robosuite's hard reset on the model that is already compiled.
 
         A hard reset differs from a soft one in five ways, all restored here: model fields that episodes change
         (poses of fixtures, colours of sites), the gripper's accumulated action, two extra `mj_forward` calls that warm

@@ -54,7 +54,7 @@ class FlowPolicy(nn.Module):
         self.cameras = nn.ModuleList(_CameraEncoder(config.channels) for _ in range(2))
         self.words = nn.EmbeddingBag(transform.vocabulary + 1, 32, padding_idx=transform.vocabulary)
         self.state = nn.Sequential(nn.Linear(config.state_dim, 64), nn.SiLU(), nn.Linear(64, 64))
-        features = 2 * self.cameras[0].features + 64 + 32
+        features = 2 * 3 * config.channels + 64 + 32
         self.context = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.context), nn.SiLU())
         self.condition = nn.Embedding(2, config.context)
         self.time = nn.Linear(64, config.context)
@@ -75,7 +75,9 @@ class FlowPolicy(nn.Module):
             torch.cat([*seen, self.state(self.transform.encode_state(states)), self.words(words)], dim=1)
         )
 
-    def velocity(self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
         """v(x, t | context, c): float32[B, horizon, action_dim].
 
         The network predicts only what a Gaussian with the demonstrations' mean μ and deviation σ does not explain:
@@ -182,7 +184,6 @@ class _CameraEncoder(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.features = 3 * channels
         self.layers = nn.Sequential(
             nn.Conv2d(3, channels, 8, stride=4, padding=2),
             nn.ReLU(),

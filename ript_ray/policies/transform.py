@@ -98,7 +98,8 @@ class Transform:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Transform:
         """The inverse of `to_json`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def _scale(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_tensor(self.action_std) + _EPS

@@ -1,0 +1,26 @@
+"""Measured speed, as ratios of two things timed in the same run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ript_ray.config import Config
+from ript_ray.errors import UserError, nearest
+
+
+def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
+    """Run the benchmark of one subject (``env``, ``learner`` or ``memory``) and print its figures.
+
+    Raises:
+        UserError: when no or an unknown subject is named.
+    """
+    from benchmarks import env, learner
+
+    benchmarks = {"env": env.measure, "learner": learner.measure_speed, "memory": learner.measure_memory}
+    if len(subjects) != 1 or subjects[0] not in benchmarks:
+        given = " ".join(subjects)
+        raise UserError(f"bench {given!r}: name one benchmark; {nearest(given, benchmarks)}")
+    result = benchmarks[subjects[0]](config)
+    print(json.dumps(result, indent=2))
+    return result

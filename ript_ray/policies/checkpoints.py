@@ -70,8 +70,8 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
         UserError: when a tensor is missing, unknown or misshapen.
     """
     config = FlowConfig(**description["config"])
-    blank = torch.ones(config.horizon, config.action_dim)
-    policy = FlowPolicy(config, Transform.from_json(description["transform"]), blank, blank)
+    mean, std = torch.zeros(2, config.horizon, config.action_dim).unbind()
+    policy = FlowPolicy(config, Transform.from_json(description["transform"]), mean.clone(), std.clone())
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -40,7 +40,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     from actors.pool import SamplePool
     from actors.rollout import RolloutActor
     from actors.weights import WeightStore
-    from cluster.session import ResourcePlan, ray_session, start_actors
+    from cluster.session import ResourcePlan, ray_session, spawn, start_actors
     from cluster.tracking import tracking
     from learner.loop import train_loop
     from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
@@ -54,12 +54,12 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         ray_session(config.scaling, plan),
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
     ):
-        store = WeightStore.remote()
+        store = spawn(WeightStore)
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
         actors = start_actors(RolloutActor, config.scaling, config, description, store)
-        pool = SamplePool.remote(config)
-        coordinator = Coordinator.remote(config, actors, pool, store)
+        pool = spawn(SamplePool, config)
+        coordinator = spawn(Coordinator, config, actors, pool, store)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -106,7 +106,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     from actors.coordinator import Coordinator
     from actors.rollout import RolloutActor
     from actors.weights import WeightStore
-    from cluster.session import ResourcePlan, ray_session, start_actors
+    from cluster.session import ResourcePlan, ray_session, spawn, start_actors
     from ript_ray.evaluation import success_summary
     from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
     from ript_ray.reporting import versions
@@ -115,11 +115,11 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     check_images(config, policy.transform.image_size)
     weights = cpu_weights(policy)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        store = WeightStore.remote()
+        store = spawn(WeightStore)
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
         actors = start_actors(RolloutActor, config.scaling, config, describe(policy), store)
-        coordinator = Coordinator.remote(config, actors, None, store)
+        coordinator = spawn(Coordinator, config, actors, None, store)
         with Monitor(config, coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())

@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 
 from actors.pool import SamplePool
 from actors.rollout import make_report
-from cluster.session import ResourcePlan, ray_session
+from cluster.session import ResourcePlan, ray_session, spawn
 from learner.loop import plan_steps, train_loop
 from learner.update import update
 from ript_ray.config import Config
@@ -130,7 +130,7 @@ def _through_ray(config: Config, trajectories: list[Trajectory]) -> dict[str, An
     """The learner's row of metrics for one update, with the data in the object store and a TorchTrainer group."""
     size = config.sampling.group_size
     config = config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
-    pool, recorder = SamplePool.remote(config), _Recorder.remote()
+    pool, recorder = spawn(SamplePool, config), spawn(_Recorder)
     for i, trajectory in enumerate(trajectories):
         ray.get(pool.add.remote(i // size, make_report(trajectory, trajectory.seconds, 0.0), [ray.put(trajectory)]))
     ray.get(pool.seal.remote(0))
@@ -143,7 +143,7 @@ def _through_ray(config: Config, trajectories: list[Trajectory]) -> dict[str, An
                 "description": describe(policy),
                 "weights": [ray.put(cpu_weights(policy))],
                 "pool": pool,
-                "store": _Sink.remote(),
+                "store": spawn(_Sink),
                 "coordinator": recorder,
                 "run_dir": folder,
             },

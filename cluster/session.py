@@ -83,6 +83,11 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
         ray.shutdown()
 
 
+def spawn(actor_class: Any, *args: Any) -> Any:
+    """Start one actor. (Type checkers do not see the ``remote`` that Ray gives to a class.)"""
+    return actor_class.remote(*args)
+
+
 def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[Any]:
     """One actor per index, with its share of CPUs and GPUs; ready when this returns.
 

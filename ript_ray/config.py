@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ class _Section(BaseModel):
 
 
 class RunConfig(_Section):
+    """Where a run leaves its files and how it is named."""
+
     dir: str | None = None
     """Where the run leaves its files; ``runs/<name>-<date>`` by default."""
     name: str = "train"
@@ -27,6 +30,8 @@ class RunConfig(_Section):
 
 
 class EnvConfig(_Section):
+    """The task, its frames and its initial states."""
+
     id: str = "libero_object/0"
     """Task: ``suite/index`` or ``suite/name``."""
     image_size: int = Field(default=64, ge=16, le=1024)
@@ -40,6 +45,8 @@ class EnvConfig(_Section):
 
 
 class PolicyConfig(_Section):
+    """The starting policy and how it acts in rollouts."""
+
     checkpoint: str = "checkpoints/libero_object_0"
     """Folder of the starting policy."""
     execute: int = Field(default=10, ge=1, le=50)
@@ -51,6 +58,8 @@ class PolicyConfig(_Section):
 
 
 class EvalConfig(_Section):
+    """Evaluation on held-out initial states."""
+
     episodes: int = Field(default=75, ge=0)
     """Episodes before and after, the same initial states and noise seeds in both."""
     guidance: float = Field(default=1.0, ge=0.0)
@@ -60,6 +69,8 @@ class EvalConfig(_Section):
 
 
 class SamplingConfig(_Section):
+    """Groups of rollouts and their budget."""
+
     group_size: int = Field(default=8, ge=2)
     """Rollouts K of one context, whose results are compared with each other."""
     groups: int = Field(default=8, ge=1)
@@ -73,6 +84,8 @@ class SamplingConfig(_Section):
 
 
 class DataConfig(_Section):
+    """Demonstrations, and how trajectories become windows."""
+
     demos: str = "data/demos/libero_object_0.safetensors"
     """File of demonstrations, written by ``demos`` and read by ``sft``."""
     windows: Literal["seen", "all"] = "seen"
@@ -85,6 +98,8 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
+    """The loop and the optimisation."""
+
     mode: Literal["sync", "async"] = "sync"
     """``sync``: collect, learn, collect; ``async``: collect while learning, bounded by ``max_staleness``."""
     updates: int = Field(default=3, ge=1)
@@ -120,6 +135,8 @@ class TrainConfig(_Section):
 
 
 class ScalingConfig(_Section):
+    """Processes, their resources and their time limits."""
+
     actors: int = Field(default=2, ge=1)
     """Rollout actors, each with one environment and one policy copy."""
     learners: int = Field(default=1, ge=0)
@@ -143,6 +160,8 @@ class ScalingConfig(_Section):
 
 
 class DemosConfig(_Section):
+    """The scripted demonstrator."""
+
     episodes: int = Field(default=80, ge=1)
     """How many demonstrations to make."""
     noise: float = Field(default=0.1, ge=0.0)
@@ -156,6 +175,8 @@ class DemosConfig(_Section):
 
 
 class SftConfig(_Section):
+    """Supervised training on demonstrations."""
+
     steps: int = Field(default=1500, ge=1)
     """Optimiser steps."""
     init: str | None = None
@@ -257,10 +278,8 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
         raise UserError(f"{key}={text!r}: not a valid value: {error}") from error
     # YAML 1.1 reads 1e-4 as text, since it has no decimal point; people write it all the same.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     values.setdefault(section, {})[name] = value
 
 

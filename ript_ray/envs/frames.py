@@ -101,7 +101,9 @@ class LazyObservation(dict[str, Any]):
     Pickling renders, so that what arrives elsewhere is complete.
     """
 
-    def __init__(self, values: dict[str, Any], ticket: FrameTicket, render: Callable[[FrameTicket, str], np.ndarray]):
+    def __init__(
+        self, values: dict[str, Any], ticket: FrameTicket, render: Callable[[FrameTicket, str], np.ndarray]
+    ) -> None:
         super().__init__({key: None for key in CAMERAS} | values)
         self.ticket = ticket
         self._render = render
@@ -114,7 +116,7 @@ class LazyObservation(dict[str, Any]):
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  (dict.get would not render)
 
     def rendered(self) -> dict[str, Any]:
         """A plain dictionary with all frames."""

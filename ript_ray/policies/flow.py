@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch
 
+CAMERA_FEATURES = 128
+"""Length of the vector that each camera's frame becomes."""
+
 
 @dataclass(frozen=True, slots=True)
 class FlowConfig:
@@ -51,11 +54,13 @@ class FlowPolicy(nn.Module):
         self.transform = transform
         self.register_buffer("chunk_mean", chunk_mean)
         self.register_buffer("chunk_std", chunk_std)
-        self.cameras = nn.ModuleList(_CameraEncoder(config.channels) for _ in range(2))
+        self.cameras = nn.ModuleList(_CameraEncoder(config.channels, transform.image_size) for _ in range(2))
         self.words = nn.EmbeddingBag(transform.vocabulary + 1, 32, padding_idx=transform.vocabulary)
-        self.state = nn.Sequential(nn.Linear(config.state_dim, 64), nn.SiLU(), nn.Linear(64, 64))
-        features = 2 * 3 * config.channels + 64 + 32
-        self.context = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.context), nn.SiLU())
+        self.state = nn.Sequential(nn.Linear(config.state_dim, 64), nn.SiLU(), nn.Linear(64, 64), nn.LayerNorm(64))
+        features = 2 * CAMERA_FEATURES + 64 + 32
+        self.context = nn.Sequential(
+            nn.Linear(features, config.context), nn.SiLU(), nn.Linear(config.context, config.context)
+        )
         self.condition = nn.Embedding(2, config.context)
         self.time = nn.Linear(64, config.context)
         size = config.horizon * config.action_dim
@@ -80,9 +85,10 @@ class FlowPolicy(nn.Module):
     ) -> torch.Tensor:
         """v(x, t | context, c): float32[B, horizon, action_dim].
 
-        The network predicts only what a Gaussian with the demonstrations' mean μ and deviation σ does not explain:
-        v = −μ + c_skip·x′ + c_out·F(x′/√V), with x′ = x − (1 − t)μ, V = t² + (1 − t)²σ²,
-        c_skip = (t − (1 − t)σ²)/V, c_out = σ/√V. A plain network leaves noise in dimensions that should be still.
+        The network F predicts the clean chunk, â = μ + σ·F(x, t, context) with the demonstrations' mean μ and deviation
+        σ, and the velocity follows from x_t = t·ε + (1 − t)·a:  v = ε̂ − â = (x − â)/t. A network that predicts v itself
+        has to pass all of x through to cancel its noise, which a small one does badly: dimensions that should be still
+        are not.
 
         Args:
             context: from `encode`, float32[B, context].
@@ -90,20 +96,18 @@ class FlowPolicy(nn.Module):
             t: time in [0, 1], float32[B].
             condition: int64[B], 0 or 1.
         """
-        mean, std = self.chunk_mean, self.chunk_std
-        time = t[:, None, None]
-        variance = time**2 + (1 - time) ** 2 * std**2
-        centred = x - (1 - time) * mean
         modulation = context + self.condition(condition) + self.time(_time_features(t))
-        hidden = self.project_in((centred / variance.sqrt()).flatten(1))
+        hidden = self.project_in((x - self.chunk_mean).flatten(1))
         for block in self.blocks:
             hidden = block(hidden, modulation)
-        correction = self.project_out(hidden).view_as(x)
-        skip = (time - (1 - time) * std**2) / variance
-        return -mean + skip * centred + std / variance.sqrt() * correction
+        clean = self.chunk_mean + self.chunk_std * self.project_out(hidden).view_as(x)
+        return (x - clean) / t[:, None, None]
 
     def forward(self, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared velocity errors of both branches, c = 1 and c = 0, with shared noise and time.
+        """Weighted squared velocity errors of both branches, c = 1 and c = 0, with shared noise and time.
+
+        ℓ = t²·‖v(c) − (ε − a)‖², which is the squared error of the clean chunk: without the weight the smallest times,
+        where the velocity is hardest to tell, would drown the rest.
 
         Args:
             batch: B windows.
@@ -111,7 +115,7 @@ class FlowPolicy(nn.Module):
             t: float32[B].
 
         Returns:
-            Two tensors float32[B, horizon, action_dim]: ‖v(c) − (ε − a)‖² per element, c = 1 first.
+            Two tensors float32[B, horizon, action_dim]: ℓ per element, c = 1 first.
         """
         chunk = self.transform.encode_actions(batch.actions, batch.states)
         context = self.encode(batch.frames, batch.states, batch.instructions)
@@ -119,7 +123,7 @@ class FlowPolicy(nn.Module):
         noisy = time * noise + (1 - time) * chunk
         condition = torch.tensor([1, 0], device=t.device).repeat_interleave(len(batch))
         velocity = self.velocity(context.repeat(2, 1), noisy.repeat(2, 1, 1), t.repeat(2), condition)
-        errors = (velocity - (noise - chunk).repeat(2, 1, 1)).square()
+        errors = (time.repeat(2, 1, 1) * (velocity - (noise - chunk).repeat(2, 1, 1))).square()
         conditional, unconditional = errors.chunk(2)
         return conditional, unconditional
 
@@ -180,26 +184,25 @@ def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) 
 
 
 class _CameraEncoder(nn.Module):
-    """Convolutions, then per channel where its activation is (spatial soft-max) and how strong."""
+    """Convolutions to an eighth of the size, then one normalised vector that knows where things are."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
+        cells = (-(-image_size // 8)) ** 2
         self.layers = nn.Sequential(
             nn.Conv2d(3, channels, 8, stride=4, padding=2),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(2 * channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(channels * cells, CAMERA_FEATURES),
+            nn.LayerNorm(CAMERA_FEATURES),
         )
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        maps = self.layers(image)
-        height, width = maps.shape[-2:]
-        weights = F.softmax(maps.flatten(2), dim=-1)
-        rows = torch.linspace(-1, 1, height, device=maps.device).repeat_interleave(width)
-        columns = torch.linspace(-1, 1, width, device=maps.device).repeat(height)
-        strength = (weights * maps.flatten(2)).sum(-1)
-        return torch.cat([(weights * rows).sum(-1), (weights * columns).sum(-1), strength], dim=1)
+        return self.layers(image)
 
 
 class _ModulatedBlock(nn.Module):
@@ -219,7 +222,10 @@ class _ModulatedBlock(nn.Module):
 
 
 def _time_features(t: torch.Tensor) -> torch.Tensor:
-    """Sine and cosine of t at 32 periods from 4e-3 to 4, as π0: float32[B, 64]."""
-    periods = torch.logspace(math.log10(4e-3), math.log10(4.0), 32, device=t.device)
+    """Sine and cosine of t at 32 periods from 0.2 to 4: float32[B, 64].
+
+    π0 goes down to 4e-3; with so little training such fast features only add noise between the ten sampled times.
+    """
+    periods = torch.logspace(math.log10(0.2), math.log10(4.0), 32, device=t.device)
     angles = 2 * math.pi * t[:, None] / periods
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,84 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+from ript_ray.config import Config, ScalingConfig
+from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Context, Trajectory
+
+INSTRUCTION = "pick up the alphabet soup and place it in the basket"
+
+
+def make_trajectory(length: int = 60, success: bool = True, version: int = 0, seed: int = 0) -> Trajectory:
+    """A random trajectory of small frames, looked at every tenth step."""
+    rng = np.random.default_rng(seed)
+    looks = np.arange(0, length, 10, dtype=np.int32)
+    return Trajectory(
+        context=Context("libero_object/0", seed % 25, seed),
+        policy_version=version,
+        success=success,
+        actions=rng.uniform(-1, 1, (length, 7)).astype(np.float32),
+        states=rng.normal(size=(length, 8)).astype(np.float32),
+        frames=rng.integers(0, 256, (len(looks), 2, 32, 32, 3), dtype=np.uint8),
+        frame_steps=looks,
+        qpos=rng.normal(size=(length, 9)),
+        body_pose=rng.normal(size=(4, 7)),
+        site_alpha=np.zeros((length, 3), dtype=np.float32),
+        instruction=INSTRUCTION,
+        seconds={"physics": 0.1, "render": 0.1, "inference": 0.1},
+    )
+
+
+def make_policy(seed: int = 0, image_size: int = 32) -> FlowPolicy:
+    """A small policy with random weights and uneven statistics."""
+    torch.manual_seed(seed)
+    transform = Transform(
+        state_mean=tuple(float(x) for x in torch.randn(8)),
+        state_std=tuple(float(x) for x in torch.rand(8) + 0.5),
+        action_mean=tuple(float(x) for x in torch.randn(7)),
+        action_std=tuple(float(x) for x in torch.rand(7) + 0.5),
+        relative=(True, False, True, False, False, False, False),
+        image_size=image_size,
+    )
+    policy = FlowPolicy(
+        FlowConfig(channels=8, context=32, width=32, depth=1),
+        transform,
+        torch.randn(50, 7) * 0.1,
+        torch.rand(50, 7) + 0.5,
+    )
+    # The last layer starts at zero, which would hide mistakes before it.
+    torch.nn.init.normal_(policy.project_out.weight, std=0.1)
+    return policy.eval()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A real Ray session with two CPUs."""
+    from cluster.session import ResourcePlan, ray_session
+
+    scaling = ScalingConfig(actors=2)
+    with ray_session(scaling, ResourcePlan.of(scaling)):
+        yield
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    """Settings for tests that are about mechanics."""
+    return Config.model_validate(
+        {
+            "sampling": {"group_size": 4, "groups": 2, "max_groups": 4},
+            "train": {"batch_size": 8, "micro_batch": 8, "epochs": 1, "updates": 2, "image_shift": 0},
+            "scaling": {"actors": 1, "learners": 1, "wait_timeout_s": 120},
+            "env": {"image_size": 32},
+        }
+    )

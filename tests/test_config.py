@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+
+from ript_ray.config import known_keys, load_config, save_config
+from ript_ray.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_files_are_valid_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, [])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == config
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(None, ["train.lr=1e-4", "run.seed=3", "env.train_init_states=[0, 5]", "run.dir=null"])
+    assert (config.train.lr, config.run.seed, config.env.train_init_states, config.run.dir) == (1e-4, 3, (0, 5), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.updtes=3", ["train.updtes", "train.updates"]),
+        ("train.updates=many", ["train.updates", "many", "integer"]),
+        ("train.mode=turbo", ["train.mode", "turbo", "sync"]),
+        ("scaling.actors=0", ["scaling.actors", "0", "greater than or equal to 1"]),
+        ("nonsense", ["nonsense", "section.key=value"]),
+        ("sampling.max_groups=1", ["sampling.max_groups=1", "sampling.groups=8"]),
+        ("env.eval_init_states=[20, 30]", ["env.train_init_states", "overlap"]),
+        ("env.train_init_states=[3, 3]", ["env.train_init_states", "empty"]),
+        ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_was_expected(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("train: {learning_rate: 1}\n")
+    with pytest.raises(UserError, match=r"train\.learning_rate"):
+        load_config(file, [])
+    with pytest.raises(UserError, match="no such file"):
+        load_config(tmp_path / "absent.yaml", [])
+    file.write_text("train: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(file, [])
+
+
+def test_lead_beyond_staleness_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.lead=3"):
+        load_config(None, ["train.mode=async", "train.lead=3", "train.max_staleness=2"])
+
+
+def test_required_keys_exist() -> None:
+    required = {
+        "run.dir",
+        "run.seed",
+        "env.id",
+        "policy.checkpoint",
+        "train.mode",
+        "scaling.actors",
+        "scaling.learners",
+    }
+    assert required <= set(known_keys())

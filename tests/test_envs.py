@@ -1,0 +1,179 @@
+"""The environment against a fresh stock one: states, observations, success and the bytes of frames."""
+
+from __future__ import annotations
+
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from ript_ray.envs import all_task_ids, find_task, make
+from ript_ray.errors import UserError
+
+pytestmark = pytest.mark.libero
+
+STEPS = 25
+SEED = 11
+
+
+def test_all_130_tasks_are_known_by_number_and_name() -> None:
+    identifiers = all_task_ids()
+    assert len(identifiers) == 130
+    task = find_task("libero_goal/4")
+    assert find_task(f"libero_goal/{task.name}") == task
+    assert task.bddl_file.is_file()
+    assert task.instruction == " ".join(task.name.split("_"))
+    assert task.init_states().shape[0] == 50
+
+
+@pytest.mark.parametrize(
+    ("env_id", "part"),
+    [
+        ("libero_objects/0", "did you mean 'libero_object'"),
+        ("libero_object/10", "tasks 0 to 9"),
+        ("libero_object/pick_up_the_milk", "did you mean 'pick_up_the_milk_and_place_it_in_the_basket'"),
+    ],
+)
+def test_an_unknown_task_is_an_error_with_the_nearest_name(env_id: str, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        make(env_id)
+
+
+def actions() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    moves = rng.uniform(-1, 1, (STEPS, 7))
+    moves[:, 6] = np.sign(np.sin(np.arange(STEPS) / 6))
+    return moves
+
+
+@pytest.mark.parametrize("env_id", ["libero_object/2", "libero_spatial/3"])
+def test_a_reused_environment_equals_a_fresh_stock_one_bit_for_bit(env_id: str) -> None:
+    from libero.libero.envs import OffScreenRenderEnv
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    env = make(env_id, image_size=64)
+    env.reset(seed=3, options={"init_state": 7})
+    for move in actions()[::-1]:
+        env.step(move)
+    for init_state in (5, None):
+        observation, _ = env.reset(seed=SEED, options={} if init_state is None else {"init_state": init_state})
+        observations, states = [observation], []
+        for move in actions():
+            observation, reward, terminated, _, info = env.step(move)
+            assert reward == float(terminated) == float(info["success"])
+            observations.append(observation)
+            states.append(np.concatenate([env.simulation.sim.data.qpos, env.simulation.sim.data.qvel]))
+
+        task = find_task(env_id)
+        stock = OffScreenRenderEnv(bddl_file_name=str(task.bddl_file), camera_heights=64, camera_widths=64)
+        stock.seed(SEED)
+        stock.reset()
+        if init_state is not None:
+            stock.set_init_state(task.init_states()[init_state])
+        for _ in range(10):
+            seen, *_ = stock.step([0, 0, 0, 0, 0, 0, -1])
+        for k in range(STEPS + 1):
+            proprioception = (
+                seen["robot0_eef_pos"],
+                quat2axisangle(seen["robot0_eef_quat"].copy()),
+                seen["robot0_gripper_qpos"],
+            )
+            np.testing.assert_array_equal(observations[k]["state"], np.concatenate(proprioception).astype(np.float32))
+            if k % 8 == 0:  # read now, long after the environment has moved on
+                np.testing.assert_array_equal(observations[k]["agentview"], seen["agentview_image"][::-1, ::-1])
+                np.testing.assert_array_equal(observations[k]["wrist"], seen["robot0_eye_in_hand_image"][::-1, ::-1])
+            if k < STEPS:
+                seen, *_ = stock.step(actions()[k])
+                state = np.concatenate([stock.sim.data.qpos, stock.sim.data.qvel])
+                np.testing.assert_array_equal(states[k], state)
+        stock.close()
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def env():  # noqa: ANN201
+    made = make("libero_object/0", image_size=48, max_steps=150)
+    yield made
+    made.close()
+
+
+def test_frames_are_rendered_only_when_read_and_only_once(env) -> None:  # noqa: ANN001
+    before = env.frames_rendered
+    observation, _ = env.reset(seed=0, options={"init_state": 0})
+    for _ in range(3):
+        observation, *_ = env.step(np.zeros(7))
+    assert env.frames_rendered == before
+    frame = observation["agentview"]
+    assert observation["agentview"] is frame
+    assert env.frames_rendered == before + 1
+    copy = pickle.loads(pickle.dumps(observation))
+    np.testing.assert_array_equal(copy["wrist"], observation["wrist"])
+    assert env.observation_space.contains(copy)
+    np.testing.assert_array_equal(env.render(), frame[:, ::-1])
+    assert observation.get("agentview") is frame
+    assert observation.get("absent", 1) == 1
+    assert {key for key, _ in observation.items()} == set(observation)
+
+
+def test_episodes_repeat_and_depend_on_seed_and_state(env) -> None:  # noqa: ANN001
+    state = [
+        env.reset(seed=s, options=o)[0].ticket.qpos for s, o in ((1, {}), (1, {}), (2, {}), (1, {"init_state": 3}))
+    ]
+    np.testing.assert_array_equal(state[0], state[1])
+    assert not np.array_equal(state[0], state[2])
+    assert not np.array_equal(state[0], state[3])
+
+
+def test_resetting_leaves_the_global_generator_alone(env) -> None:  # noqa: ANN001
+    np.random.seed(5)
+    expected = np.random.RandomState(5).rand()
+    env.reset(seed=0)
+    assert np.random.rand() == expected
+
+
+def test_bad_input_is_refused(env) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match="states 0 to 49"):
+        env.reset(seed=0, options={"init_state": 50})
+    with pytest.raises(UserError, match="'initial' is unknown"):
+        env.reset(seed=0, options={"initial": 1})
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(np.full(7, np.nan))
+
+
+def test_the_expert_succeeds_and_frames_can_be_completed_later(env) -> None:  # noqa: ANN001
+    from ript_ray.config import DemosConfig
+    from ript_ray.data.demos import demonstrate
+    from ript_ray.rollout import film, render_missing
+    from ript_ray.types import Context
+
+    demo = demonstrate(env, Context("libero_object/0", 2, 2), DemosConfig(noise=0.05, frame_every=40))
+    assert demo.success
+    assert env.task.max_steps > len(demo) > 60
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(np.zeros(7))
+    assert demo.labels is not None
+    assert not np.array_equal(demo.labels, demo.actions)
+    few = demo.frame_steps.copy()
+    short = demo
+    for name in ("actions", "labels", "states", "qpos", "site_alpha"):
+        setattr(short, name, getattr(demo, name)[:45])
+    short.frames, short.frame_steps = demo.frames[:2], few[:2]
+    complete = render_missing(env, short)
+    assert complete.frames.shape == (45, 2, 48, 48, 3)
+    np.testing.assert_array_equal(complete.frames[[0, 40]], short.frames)
+    # What is rendered anew is what the policy saw.
+    short.frames, short.frame_steps = demo.frames[:0], few[:0]
+    np.testing.assert_array_equal(render_missing(env, short).frames[40], complete.frames[40])
+    assert film(env, short, every=15, size=64).shape == (3, 64, 64, 3)
+
+
+def test_the_expert_says_what_it_cannot_do() -> None:
+    from ript_ray.data.expert import PickPlaceExpert
+
+    env = make("libero_goal/0", image_size=32)
+    env.reset(seed=0, options={"init_state": 0})
+    with pytest.raises(UserError, match="try libero_object/0"):
+        PickPlaceExpert(env, np.zeros(2))
+    env.close()

@@ -1,0 +1,107 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[str]:
+    """Run ``python launch.py`` with arguments."""
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "train.updats=1"], "did you mean 'train.updates'"),
+        (["train", "env.id=libero_objct/0"], "did you mean 'libero_object'"),
+        (["train", "policy.checkpoint=nowhere"], "policy.checkpoint='nowhere'"),
+        (["train", "scaling.actors=500"], "scaling.actors=500: the job needs"),
+        (["train", "scaling.learner_gpus=64"], "GPUs"),
+        (["eval", "--config", "nowhere.yaml"], "no such file"),
+        (["bench", "lerner"], "did you mean 'learner'"),
+        (["train", "quick"], "expected section.key=value"),
+    ],
+)
+def test_a_mistake_ends_with_one_message_and_exit_code_2(arguments: list[str], part: str, tmp_path: Path) -> None:
+    done = launch(*arguments, *([f"run.dir={tmp_path}"] if arguments[0] == "train" else []))
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.libero
+@pytest.mark.ray
+def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = launch(
+        "train",
+        f"run.dir={run}",
+        "env.max_steps=70",
+        "sampling.group_size=2",
+        "sampling.groups=1",
+        "sampling.max_groups=2",
+        "train.objective=imitation",
+        "train.updates=2",
+        "train.epochs=2",
+        "train.batch_size=8",
+        "train.micro_batch=8",
+        "eval.episodes=2",
+        "--json",
+        str(tmp_path / "result.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert json.loads((tmp_path / "result.json").read_text()) == summary
+    for name in ("base", "final"):
+        assert set(summary[name]) == {"successes", "episodes", "rate", "ci95"}
+        assert summary[name]["episodes"] == 2
+    assert summary["updates"] == summary["weights_version"] == 2
+    assert summary["episodes"] == 8
+    assert summary["groups"] == {"accepted": 2, "rejected": 0}
+    assert summary["samples"]["trained"] > 0
+    assert summary["staleness"] == {"mean": pytest.approx(1 / 3), "max": 1, "dropped": 0}
+    assert {"total", "rollout", "render", "physics", "inference", "learner_busy", "learner_idle"} <= set(
+        summary["seconds"]
+    )
+    assert {"python", "torch", "ray", "mujoco", "robosuite", "renderer"} <= set(summary["versions"])
+    assert len(summary["weights_sha256"]) == 64
+    assert summary["errors"] == []
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["update"] for row in rows} == {1, 2}
+    for file in ("config.yaml", "success.png", "run.log", "checkpoints/0002/model.safetensors", "before-failure.mp4"):
+        assert (run / file).exists(), file
+    assert (tmp_path / "mlflow.db").exists()
+    assert launch("train", f"run.dir={run}").returncode == 2  # a finished run is not overwritten
+
+    checkpoint = f"policy.checkpoint={run}/checkpoints/0002"
+    done = launch("eval", checkpoint, "env.max_steps=70", "eval.episodes=2", f"run.dir={tmp_path}/eval")
+    assert done.returncode == 0, done.stderr
+    assert "95 % interval" in done.stdout
+
+
+@pytest.mark.libero
+def test_demonstrations_and_imitation(tmp_path: Path) -> None:
+    demos, policy = tmp_path / "demos.safetensors", tmp_path / "policy"
+    common = (f"data.demos={demos}", f"run.dir={tmp_path}/run")
+    done = launch("demos", "demos.episodes=2", "env.max_steps=60", "scaling.actors=2", "demos.frame_every=20", *common)
+    assert done.returncode == 0, done.stderr
+    done = launch("sft", "sft.steps=3", "train.batch_size=4", f"sft.output={policy}", *common)
+    assert done.returncode == 0, done.stderr
+    assert (policy / "model.safetensors").exists()
+
+
+@pytest.mark.libero
+def test_the_doctor_finds_this_machine_ready(tmp_path: Path) -> None:
+    done = launch("doctor", "--json", str(tmp_path / "doctor.json"))
+    assert done.returncode == 0, done.stderr
+    checks = json.loads((tmp_path / "doctor.json").read_text())
+    assert all(check["ok"] for check in checks.values()), checks

@@ -1,0 +1,220 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import INSTRUCTION, make_policy, make_trajectory
+
+from learner.update import NonFinite, Step, learning_rate, update
+from ript_ray.config import TrainConfig
+from ript_ray.data.windows import gather
+from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import (
+    build_policy,
+    cpu_weights,
+    describe,
+    load_policy,
+    save_policy,
+    weights_sha256,
+)
+from ript_ray.policies.flow import sample_time, shift_images
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Batch, Window
+
+
+def make_batch(rows: int = 6) -> Batch:
+    pool = {i: make_trajectory(70, seed=i) for i in range(rows)}
+    return gather([Window(i, 10) for i in range(rows)], pool, {i: 1.0 if i % 2 else -1.0 for i in range(rows)})
+
+
+def test_decode_is_the_inverse_of_encode_relative_or_not() -> None:
+    transform = make_policy().transform
+    actions, state = torch.randn(4, 50, 7), torch.randn(4, 8)
+    encoded = transform.encode_actions(actions, state)
+    torch.testing.assert_close(transform.decode_actions(encoded, state), actions, rtol=0, atol=1e-5)
+    mean, std = torch.tensor(transform.action_mean), torch.tensor(transform.action_std)
+    shifted = actions.clone()
+    shifted[..., 0] -= state[:, None, 0]
+    shifted[..., 2] -= state[:, None, 2]
+    torch.testing.assert_close(encoded, (shifted - mean) / (std + 1e-6))
+
+
+def test_fitted_statistics_normalise_the_data() -> None:
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(3, 2, (500, 8)), rng.normal(-1, 0.3, (500, 7))
+    transform = Transform.fit(states, actions, image_size=32)
+    encoded = transform.encode_state(torch.tensor(states))
+    assert encoded.mean(0).abs().max() < 1e-6
+    assert (encoded.std(0) - 1).abs().max() < 1e-2
+    assert Transform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(UserError, match=r"env\.image_size=16"):
+        make_policy().transform.encode_images(torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8))
+
+
+def test_guidance_means_what_it_says() -> None:
+    policy = make_policy()
+    context, x, t = torch.randn(3, 32), torch.randn(3, 50, 7), torch.rand(3)
+    v1 = policy.velocity(context, x, t, torch.ones(3, dtype=torch.long))
+    v0 = policy.velocity(context, x, t, torch.zeros(3, dtype=torch.long))
+    for w in (0.0, 0.5, 1.0, 3.0):
+        torch.testing.assert_close(policy.guided_velocity(context, x, t, w), v0 + w * (v1 - v0), rtol=1e-4, atol=1e-5)
+    assert (v1 - v0).abs().max() > 1e-3
+
+
+def test_velocity_points_from_the_predicted_chunk_to_the_noise() -> None:
+    """With the network silent the predicted chunk is the mean, and one step from any time must arrive there."""
+    policy = make_policy()
+    torch.nn.init.zeros_(policy.project_out.weight)
+    torch.nn.init.zeros_(policy.project_out.bias)
+    x, t = torch.randn(3, 50, 7), torch.tensor([0.1, 0.5, 1.0])
+    v = policy.velocity(torch.zeros(3, 32), x, t, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(x - t[:, None, None] * v, policy.chunk_mean.expand(3, 50, 7), rtol=1e-4, atol=1e-5)
+    # ... and at that chunk's own noisy versions it is the target ε − a.
+    noise = torch.randn(3, 50, 7)
+    noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * policy.chunk_mean
+    v = policy.velocity(torch.zeros(3, 32), noisy, t, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(v, noise - policy.chunk_mean, rtol=1e-3, atol=1e-4)
+
+
+def test_acting_is_ten_euler_steps_and_leaves_the_noise_alone() -> None:
+    policy, batch = make_policy(), make_batch(2)
+    noise = torch.randn(2, 50, 7)
+    before = noise.clone()
+    acted = policy.act(batch.frames, batch.states, batch.instructions, noise)
+    assert torch.equal(noise, before)
+    with torch.no_grad():
+        context = policy.encode(batch.frames, batch.states, batch.instructions)
+        x = noise.clone()
+        for k in range(10):
+            x -= 0.1 * policy.velocity(context, x, torch.full((2,), 1 - 0.1 * k), torch.ones(2, dtype=torch.long))
+    torch.testing.assert_close(acted, policy.transform.decode_actions(x, batch.states), rtol=1e-4, atol=1e-5)
+
+
+def test_losses_share_noise_and_time() -> None:
+    policy, batch = make_policy(), make_batch(3)
+    noise, t = torch.randn(3, 50, 7), torch.rand(3)
+    conditional, unconditional = policy(batch, noise, t)
+    chunk = policy.transform.encode_actions(batch.actions, batch.states)
+    context = policy.encode(batch.frames, batch.states, batch.instructions)
+    noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * chunk
+    for value, c in ((conditional, 1), (unconditional, 0)):
+        v = policy.velocity(context, noisy, t, torch.full((3,), c))
+        expected = t[:, None, None] ** 2 * (v - (noise - chunk)) ** 2
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_times_follow_their_distribution() -> None:
+    t = sample_time(100_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0.001
+    assert t.max() <= 1.0
+    assert t.mean().item() == pytest.approx(0.999 * 0.6 + 0.001, abs=0.005)
+    assert (t > 0.9).float().mean().item() == pytest.approx(1 - ((0.9 - 0.001) / 0.999) ** 1.5, abs=0.005)
+
+
+def test_shifting_moves_pixels_and_repeats_the_border() -> None:
+    frames = make_batch(4).frames
+    shifted = shift_images(frames, 3, torch.Generator().manual_seed(1))
+    padded = np.pad(frames.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
+    for row in range(4):
+        for camera in range(2):
+            views = [padded[row, camera, r : r + 32, c : c + 32] for r in range(7) for c in range(7)]
+            assert any(np.array_equal(view, shifted[row, camera]) for view in views)
+    assert torch.equal(shift_images(frames, 0, torch.Generator()), frames)
+
+
+def test_a_saved_policy_loads_with_the_same_bytes_and_acts_the_same(tmp_path: Path) -> None:
+    policy, batch = make_policy(), make_batch(2)
+    save_policy(tmp_path / "p", policy)
+    save_policy(tmp_path / "p", policy)
+    loaded = load_policy(tmp_path / "p")
+    assert weights_sha256(cpu_weights(loaded)) == weights_sha256(cpu_weights(policy))
+    noise = torch.randn(2, 50, 7)
+    arguments = (batch.frames, batch.states, [INSTRUCTION] * 2, noise)
+    assert torch.equal(loaded.act(*arguments), policy.act(*arguments))
+    assert weights_sha256(cpu_weights(make_policy(seed=1))) != weights_sha256(cpu_weights(policy))
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    policy = make_policy()
+    weights = cpu_weights(policy)
+    with pytest.raises(UserError, match=r"time\.weight should be .* the file has nothing"):
+        build_policy(describe(policy), {k: v for k, v in weights.items() if k != "time.weight"})
+    with pytest.raises(UserError, match="extra should be absent"):
+        build_policy(describe(policy), weights | {"extra": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"time\.bias should be \(32,\), the file has \(3,\)"):
+        build_policy(describe(policy), weights | {"time.bias": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"policy\.checkpoint=.*policy\.json not found"):
+        load_policy(tmp_path / "absent")
+    save_policy(tmp_path / "p", policy)
+    (tmp_path / "p" / "policy.json").write_text('{"type": "pi9"}')
+    with pytest.raises(UserError, match="unknown type 'pi9'"):
+        load_policy(tmp_path / "p")
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.001
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig.model_validate({"batch_size": 6, "micro_batch": 6, "image_shift": 0, "lr": 1e-3} | changes)
+
+
+def updated(policy_seed: int, micro: int, **changes: object) -> dict[str, torch.Tensor]:
+    policy, batch = make_policy(policy_seed), make_batch(6)
+    parts = [lambda i=i: batch[i : i + micro] for i in range(0, 6, micro)]
+    update(policy, [Step(parts, 6)], config(micro_batch=micro, **changes), torch.Generator().manual_seed(0))
+    return cpu_weights(policy)
+
+
+def test_learning_lowers_the_loss() -> None:
+    policy, batch = make_policy(), make_batch(6)
+    steps = [Step([lambda: batch], 6)] * 60
+    seen: list[int] = []
+    result = update(policy, steps, config(), torch.Generator().manual_seed(0), lambda i, loss: seen.append(i))
+    assert result["loss"] < 0.9 * result["loss_first"]
+    assert seen == list(range(60))
+
+
+def test_a_batch_that_does_not_fit_is_split_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = updated(0, micro=6)
+    forward = type(make_policy()).forward
+    calls: list[int] = []
+
+    def limited(self: object, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> object:
+        calls.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, noise, t)
+
+    monkeypatch.setattr(type(make_policy()), "forward", limited)
+    split = updated(0, micro=6)
+    assert calls == [6, 3, 2, 2, 2]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(split[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_one_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(make_policy()), "forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        updated(0, micro=2)
+
+
+def test_nan_never_reaches_the_weights() -> None:
+    policy, batch = make_policy(), make_batch(6)
+    before = weights_sha256(cpu_weights(policy))
+    batch.actions[0, 0, 0] = float("nan")
+    with pytest.raises(NonFinite, match=r"try a lower train\.lr"):
+        update(policy, [Step([lambda: batch], 6)], config(objective="imitation"), torch.Generator().manual_seed(0))
+    assert weights_sha256(cpu_weights(policy)) == before

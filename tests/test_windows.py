@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_trajectory
+
+from ript_ray.data.storage import load_trajectories, save_trajectories
+from ript_ray.data.windows import gather, seen_starts, shuffled_batches, window_starts
+from ript_ray.errors import UserError
+from ript_ray.types import Window
+
+
+@pytest.mark.parametrize(("length", "count"), [(50, 1), (80, 31), (100, 51), (137, 88)])
+def test_a_trajectory_of_l_steps_gives_l_minus_49_full_windows(length: int, count: int) -> None:
+    starts = window_starts(length)
+    assert len(starts) == count
+    assert max(starts) + 50 == length
+
+
+def test_short_trajectories_and_tails_follow_their_settings() -> None:
+    assert list(window_starts(20, short="pad")) == [0]
+    assert list(window_starts(20, short="drop")) == []
+    assert list(window_starts(0, short="pad")) == []
+    assert len(window_starts(80, tail="pad")) == 80
+    assert len(window_starts(20, short="pad", tail="pad")) == 20
+
+
+def test_gather_copies_what_a_slice_would_give_and_masks_the_rest() -> None:
+    pool = {3: make_trajectory(70, seed=3), 5: make_trajectory(30, seed=5)}
+    batch = gather([Window(3, 10), Window(3, 40), Window(5, 0)], pool, {3: 1.0, 5: -1.0})
+    np.testing.assert_array_equal(batch.actions[0], pool[3].actions[10:60])
+    np.testing.assert_array_equal(batch.actions[1, :30], pool[3].actions[40:])
+    np.testing.assert_array_equal(batch.frames[1], pool[3].frames[4])
+    np.testing.assert_array_equal(batch.states[2], pool[5].states[0])
+    assert batch.valid.sum(1).tolist() == [50, 30, 30]
+    assert (batch.actions[2, 30:] == batch.actions[2, 29]).all()
+    assert batch.advantages.tolist() == [1.0, 1.0, -1.0]
+
+
+def test_a_window_without_its_frame_is_an_error() -> None:
+    with pytest.raises(KeyError, match="no frame at step 11"):
+        gather([Window(0, 11)], {0: make_trajectory(80)}, {0: 0.0})
+
+
+def test_only_windows_that_were_seen_are_free() -> None:
+    assert seen_starts(make_trajectory(80)) == [0, 10, 20, 30]
+    assert seen_starts(make_trajectory(80), tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
+
+
+def test_shuffled_batches_are_whole_passes() -> None:
+    order = shuffled_batches(20, epochs=3, batch_size=6, seed=[1, 2])
+    assert order.shape == (10, 6)
+    flat = order.ravel()
+    for k in range(3):
+        assert sorted(flat[20 * k : 20 * (k + 1)]) == list(range(20))
+    np.testing.assert_array_equal(order, shuffled_batches(20, 3, 6, [1, 2]))
+    assert shuffled_batches(3, 1, 8, [0]).shape == (1, 8)
+    assert shuffled_batches(0, 1, 8, [0]).shape == (0, 8)
+
+
+def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
+    made = [make_trajectory(60, seed=1), make_trajectory(55, success=False, seed=2)]
+    made[0].labels = made[0].actions + 1
+    save_trajectories(tmp_path / "t.safetensors", made, {"note": "x"})
+    for before, after in zip(made, load_trajectories(tmp_path / "t.safetensors"), strict=True):
+        assert (before.context, before.success, before.instruction) == (after.context, after.success, after.instruction)
+        for name in ("actions", "states", "frames", "frame_steps", "qpos", "labels"):
+            a, b = getattr(before, name), getattr(after, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                np.testing.assert_array_equal(a, b)
+
+
+def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"launch\.py demos"):
+        load_trajectories(tmp_path / "absent")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(UserError, match="holds no trajectories"):
+        load_trajectories(tmp_path / "other")

@@ -70,6 +70,8 @@ class FrameRenderer:
     def close(self) -> None:
         """Release the OpenGL context, if one was made."""
         if self._sim is not None:
+            # MuJoCo frees its textures and buffers by number in whatever context is current, even in another's.
+            self._sim._render_context_offscreen.gl_ctx.make_current()
             self._sim.free()
             self._sim = None
 

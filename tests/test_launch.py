@@ -23,7 +23,7 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
     [
         (["train", "train.updats=1"], "did you mean 'train.updates'"),
         (["train", "env.id=libero_objct/0"], "did you mean 'libero_object'"),
-        (["train", "policy.checkpoint=nowhere"], "policy.checkpoint='nowhere'"),
+        (["train", "policy.checkpoint=nowhere"], "nowhere': policy.json not found there"),
         (["train", "scaling.actors=500"], "scaling.actors=500: the job needs"),
         (["train", "scaling.learner_gpus=64"], "GPUs"),
         (["eval", "--config", "nowhere.yaml"], "no such file"),

@@ -172,6 +172,28 @@ def test_the_expert_succeeds_and_frames_can_be_completed_later(env) -> None:  # 
     assert film(env, short, every=15, size=64).shape == (3, 64, 64, 3)
 
 
+def test_a_policy_plays_the_same_episode_twice_and_looks_once_per_chunk() -> None:
+    from conftest import make_policy
+
+    from ript_ray.rollout import play
+    from ript_ray.types import Context
+
+    env = make("libero_object/0", image_size=32, max_steps=25)
+    policy = make_policy(image_size=32)
+    runs = [
+        play(env, policy, Context("libero_object/0", 4, 9), policy_version=3, execute=10, denoise_steps=2, guidance=w)
+        for w in (1.0, 1.0, 2.0)
+    ]
+    assert len(runs[0]) == 25
+    assert runs[0].frame_steps.tolist() == [0, 10, 20]
+    assert (runs[0].policy_version, runs[0].reward) == (3, 0.0)
+    np.testing.assert_array_equal(runs[0].actions, runs[1].actions)
+    np.testing.assert_array_equal(runs[0].frames, runs[1].frames)
+    assert not np.array_equal(runs[0].actions, runs[2].actions)
+    assert np.abs(runs[0].actions).max() <= 1.0
+    env.close()
+
+
 def test_the_expert_says_what_it_cannot_do() -> None:
     from ript_ray.data.expert import PickPlaceExpert
 

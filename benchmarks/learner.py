@@ -29,7 +29,7 @@ LOOK_EVERY = 10
 
 
 @ray.remote(num_cpus=0)
-class _Recorder:
+class Recorder:
     """Takes the learner's rows in the place of a coordinator."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def _through_ray(config: Config, trajectories: list[Trajectory]) -> dict[str, An
     """The learner's row of metrics for one update, with the data in the object store and a TorchTrainer group."""
     size = config.sampling.group_size
     config = config.model_copy(update={"train": config.train.model_copy(update={"updates": 1})})
-    pool, recorder = spawn(SamplePool, config), spawn(_Recorder)
+    pool, recorder = spawn(SamplePool, config), spawn(Recorder)
     for i, trajectory in enumerate(trajectories):
         ray.get(pool.add.remote(i // size, make_report(trajectory, trajectory.seconds, 0.0), [ray.put(trajectory)]))
     ray.get(pool.seal.remote(0))

@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from actors.pool import SamplePool
 from actors.rollout import make_report
 from actors.weights import WeightStore
+from benchmarks.learner import Recorder
 from learner.loop import train_loop
 from ript_ray.config import Config
 from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
@@ -96,26 +97,9 @@ def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
     assert ray.get(store.newest_version.remote()) == (4, "hash4")
 
 
-@ray.remote(num_cpus=0)
-class Log:
-    """Takes the learner's rows."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-
-    def learning(self, step: int, done: int, expected: int) -> None:
-        pass
-
-    def rows(self) -> list[dict[str, Any]]:
-        return self._rows
-
-
 def learn(config: Config, run_dir: Path, learners: int) -> dict[str, Any]:
     """Run the learner group on fixed samples and return the last weights it published."""
-    pool, store, log = SamplePool.remote(config), WeightStore.remote(), Log.remote()
+    pool, store, log = SamplePool.remote(config), WeightStore.remote(), Recorder.remote()
     for step in range(config.train.updates):
         add_group(pool, step, [True, False, True, False], version=step)
         ray.get(pool.seal.remote(step))

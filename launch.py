@@ -26,6 +26,7 @@ from ript_ray.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
+    from ript_ray.policies.flow import FlowPolicy
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
@@ -38,34 +39,27 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
 
     from actors.coordinator import Coordinator
     from actors.pool import SamplePool
-    from actors.rollout import RolloutActor
-    from actors.weights import WeightStore
-    from cluster.session import ResourcePlan, ray_session, spawn, start_actors
+    from cluster.session import ResourcePlan, ray_session, spawn
     from cluster.tracking import tracking
     from learner.loop import train_loop
-    from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
+    from ript_ray.policies.checkpoints import cpu_weights, describe
 
     started = time.perf_counter()
-    policy = load_policy(resolve(config.policy.checkpoint))
-    check_images(config, policy.transform.image_size)
-    weights, description = cpu_weights(policy), describe(policy)
+    policy = load_starting_policy(config)
     plan = ResourcePlan.of(config.scaling)
     with (
         ray_session(config.scaling, plan),
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
     ):
-        store = spawn(WeightStore)
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
-        actors = start_actors(RolloutActor, config.scaling, config, description, store)
+        store, actors = start_rollouts(config, policy)
         pool = spawn(SamplePool, config)
         coordinator = spawn(Coordinator, config, actors, pool, store)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
                 "config": config,
-                "description": description,
-                "weights": [ray.put(weights)],
+                "description": describe(policy),
+                "weights": [ray.put(cpu_weights(policy))],
                 "pool": pool,
                 "store": store,
                 "coordinator": coordinator,
@@ -104,21 +98,13 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     import ray
 
     from actors.coordinator import Coordinator
-    from actors.rollout import RolloutActor
-    from actors.weights import WeightStore
-    from cluster.session import ResourcePlan, ray_session, spawn, start_actors
+    from cluster.session import ResourcePlan, ray_session, spawn
     from ript_ray.evaluation import success_summary
-    from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
     from ript_ray.reporting import versions
 
-    policy = load_policy(resolve(config.policy.checkpoint))
-    check_images(config, policy.transform.image_size)
-    weights = cpu_weights(policy)
+    policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        store = spawn(WeightStore)
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
-        actors = start_actors(RolloutActor, config.scaling, config, describe(policy), store)
+        store, actors = start_rollouts(config, policy)
         coordinator = spawn(Coordinator, config, actors, None, store)
         with Monitor(config, coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
@@ -291,13 +277,34 @@ def leave_behind(
     print(f"  everything in {run_dir}")
 
 
-def check_images(config: Config, trained_on: int) -> None:
-    """Frames must have the size that the policy was trained on."""
-    if config.env.image_size != trained_on:
+def load_starting_policy(config: Config) -> FlowPolicy:
+    """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``."""
+    from ript_ray.policies.checkpoints import load_policy
+
+    policy = load_policy(resolve(config.policy.checkpoint))
+    size = policy.transform.image_size
+    if config.env.image_size != size:
         raise UserError(
             f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
-            f"{trained_on}×{trained_on} pixels; set env.image_size={trained_on}"
+            f"{size}×{size} pixels; set env.image_size={size}"
         )
+    return policy
+
+
+def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
+    """The weight store, with ``policy`` as version 0, and the rollout actors that pull from it."""
+    import ray
+
+    from actors.rollout import RolloutActor
+    from actors.weights import WeightStore
+    from cluster.session import spawn, start_actors
+    from ript_ray.policies.checkpoints import cpu_weights, describe, weights_sha256
+
+    weights = cpu_weights(policy)
+    store = spawn(WeightStore)
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
+    return store, start_actors(RolloutActor, config.scaling, config, describe(policy), store)
 
 
 def resolve(path: str) -> Path:

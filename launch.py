@@ -34,15 +34,12 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 def train(config: Config, run_dir: Path) -> dict[str, Any]:
     """Collect, learn, publish, again and again; evaluate on held-out states before and after."""
     import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer
 
     from actors.coordinator import Coordinator
     from actors.pool import SamplePool
     from cluster.session import ResourcePlan, ray_session, spawn
     from cluster.tracking import tracking
-    from learner.loop import train_loop
-    from ript_ray.policies.checkpoints import cpu_weights, describe
+    from learner.loop import learner_group
 
     started = time.perf_counter()
     policy = load_starting_policy(config)
@@ -54,30 +51,13 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         store, actors = start_rollouts(config, policy)
         pool = spawn(SamplePool, config)
         coordinator = spawn(Coordinator, config, actors, pool, store)
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={
-                "config": config,
-                "description": describe(policy),
-                "weights": [ray.put(cpu_weights(policy))],
-                "pool": pool,
-                "store": store,
-                "coordinator": coordinator,
-                "run_dir": str(run_dir.resolve()),
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.scaling.learners,
-                use_gpu=config.scaling.learner_gpus > 0,
-                resources_per_worker={"CPU": config.scaling.learner_cpus, "GPU": config.scaling.learner_gpus},
-            ),
-            run_config=ray.train.RunConfig(name="learners", storage_path=str(run_dir.resolve())),
-        )
+        learners = learner_group(config, policy, pool, store, coordinator, run_dir)
         with Monitor(config, coordinator, run_dir, tracker) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
             try:
-                trainer.fit()
+                learners.fit()
             finally:
                 monitor.raise_if_collecting_failed()
             ray.get(collecting, timeout=config.scaling.wait_timeout_s)

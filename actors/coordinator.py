@@ -37,7 +37,9 @@ _MAX_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
-class _Episode:
+class Episode:
+    """One episode to be played, and how often that was tried."""
+
     tag: int
     """Group that asked for the episode, or −1 for evaluation."""
     context: Context
@@ -62,18 +64,21 @@ class Dispatcher:
 
     Args:
         actors: handles of `RolloutActor`.
-        timeout_s: limit for one episode.
+        timeout_s: limit for one episode, and for waiting when every actor is lost.
     """
 
     def __init__(self, actors: list[Any], timeout_s: float) -> None:
         self._idle = deque(actors)
+        self._lost: dict[Any, Any] = {}
+        """Actors that died, by the reference of a call that returns when Ray has started them again."""
+        self._alive_at = time.monotonic()
         self._timeout_s = timeout_s
-        self._queue: deque[_Episode] = deque()
-        self._running: dict[Any, tuple[Any, Any, _Episode]] = {}
+        self._queue: deque[Episode] = deque()
+        self._running: dict[Any, tuple[Any, Any, Episode]] = {}
         self.errors: list[str] = []
         """Faults that were survived."""
 
-    def submit(self, episode: _Episode) -> None:
+    def submit(self, episode: Episode) -> None:
         """Queue an episode and start it if an actor is free."""
         self._queue.append(episode)
         self._start()
@@ -90,25 +95,49 @@ class Dispatcher:
         """Episodes queued or running."""
         return len(self._queue) + len(self._running)
 
-    def wait(self) -> list[tuple[_Episode, EpisodeReport, Any]]:
+    def wait(self) -> list[tuple[Episode, EpisodeReport, Any]]:
         """Finished episodes, at least one unless none is outstanding; handles failures on the way.
 
         Raises:
-            RuntimeError: when one episode has failed three times.
+            RuntimeError: when one episode has failed three times, or no actor is left.
         """
-        finished: list[tuple[_Episode, EpisodeReport, Any]] = []
+        finished: list[tuple[Episode, EpisodeReport, Any]] = []
         while not finished and self.outstanding:
-            done, _ = ray.wait(list(self._running), timeout=1.0)
-            for report_ref in done:
-                actor, trajectory_ref, episode = self._running.pop(report_ref)
-                self._idle.append(actor)
+            self._check_that_somebody_plays()
+            done, _ = ray.wait([*self._running, *self._lost], timeout=1.0)
+            for reference in done:
+                if reference in self._lost:
+                    self._welcome_back(reference)
+                    continue
+                actor, trajectory_ref, episode = self._running.pop(reference)
                 try:
-                    finished.append((episode, ray.get(report_ref, timeout=self._timeout_s), trajectory_ref))
-                except (RayActorError, RayTaskError) as error:
+                    finished.append((episode, ray.get(reference, timeout=self._timeout_s), trajectory_ref))
+                    self._idle.append(actor)
+                except RayActorError as error:
+                    # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
+                    self._lost[actor.renderer.options(max_task_retries=-1).remote()] = actor
+                    self._retry(episode, error)
+                except RayTaskError as error:
+                    self._idle.append(actor)
                     self._retry(episode, error)
             self._end_overdue()
             self._start()
         return finished
+
+    def _welcome_back(self, reference: Any) -> None:
+        actor = self._lost.pop(reference)
+        try:
+            ray.get(reference, timeout=self._timeout_s)
+            self._idle.append(actor)
+        except RayActorError as error:  # it cannot be started again; the others go on
+            self.errors.append(f"a rollout actor is gone for good: {error}")
+
+    def _check_that_somebody_plays(self) -> None:
+        if self._running:
+            self._alive_at = time.monotonic()
+        elif not self._lost or time.monotonic() > self._alive_at + self._timeout_s:
+            last = self.errors[-1] if self.errors else "none"
+            raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 
     def _start(self) -> None:
         while self._queue and self._idle:
@@ -126,7 +155,7 @@ class Dispatcher:
                 self.errors.append(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
                 ray.kill(actor, no_restart=False)
 
-    def _retry(self, episode: _Episode, error: Exception) -> None:
+    def _retry(self, episode: Episode, error: Exception) -> None:
         reason = f"{episode.context}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         if episode.attempts >= _MAX_ATTEMPTS:
             raise RuntimeError(f"an episode failed {_MAX_ATTEMPTS} times, last with {reason}") from error
@@ -191,7 +220,7 @@ class Coordinator:
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
-            dispatcher.submit(_Episode(-1, context, self._config.eval.guidance))
+            dispatcher.submit(Episode(-1, context, self._config.eval.guidance))
         results, lengths = [False] * len(contexts), [0] * len(contexts)
         kept: dict[bool, dict[int, Any]] = {True: {}, False: {}}
         while dispatcher.outstanding:
@@ -260,7 +289,7 @@ class Coordinator:
                 groups[group.id], rewards[group.id] = group, []
                 opened += 1
                 for context in group.contexts:
-                    dispatcher.submit(_Episode(group.id, context, self._config.policy.guidance))
+                    dispatcher.submit(Episode(group.id, context, self._config.policy.guidance))
             for episode, report, reference in dispatcher.wait():
                 self._note(report)
                 if episode.tag not in groups:

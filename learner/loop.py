@@ -1,4 +1,4 @@
-"""What every worker of the learner group runs: ask for a shard, update, publish, report."""
+"""The learner group and what each of its workers runs: ask for a shard, update, publish, report."""
 
 from __future__ import annotations
 
@@ -13,21 +13,66 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.torch import TorchTrainer
 
 from learner.update import Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
-from ript_ray.policies.checkpoints import build_policy, cpu_weights, save_policy, weights_sha256
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, weights_sha256
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.types import Batch, Shard, Trajectory, Window
 
+# glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
+# learner's speed on a CPU. These keep it; the peak does not change.
+_KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+}
 
-def train_loop(settings: dict[str, Any]) -> None:
-    """Train for all updates.
+
+def learner_group(
+    config: Config, policy: FlowPolicy, pool: Any, store: Any, coordinator: Any, run_dir: Path
+) -> TorchTrainer:
+    """The group of ``scaling.learners`` workers; its ``fit`` returns after ``train.updates`` updates.
 
     Args:
-        settings: ``config`` (Config), ``description`` and ``weights`` (object reference in a list) of the starting
-            policy, handles ``pool``, ``store`` and ``coordinator``, and ``run_dir``.
+        config: the whole configuration.
+        policy: the starting policy.
+        pool: handle of a `SamplePool`, which serves the samples.
+        store: handle of a `WeightStore`, which takes the weights.
+        coordinator: handle of a `Coordinator`, which takes metrics and progress.
+        run_dir: checkpoints go into its ``checkpoints`` folder.
+    """
+    folder = str(run_dir.resolve())
+    scaling = config.scaling
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "config": config,
+            "description": describe(policy),
+            "weights": [ray.put(cpu_weights(policy))],
+            "pool": pool,
+            "store": store,
+            "coordinator": coordinator,
+            "run_dir": folder,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.learners,
+            use_gpu=scaling.learner_gpus > 0,
+            resources_per_worker={"CPU": scaling.learner_cpus, "GPU": scaling.learner_gpus},
+        ),
+        run_config=ray.train.RunConfig(
+            name="learners", storage_path=folder, worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY}
+        ),
+    )
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What one worker does: train for all updates.
+
+    Args:
+        settings: as `learner_group` fills it; ``weights`` is an object reference in a list.
 
     Raises:
         TimeoutError: when no samples arrive within ``scaling.wait_timeout_s``.
@@ -83,8 +128,10 @@ def _learn(
     show = max(1, len(steps) // 100)
 
     def on_step(index: int, loss: float) -> None:
+        if index % show:
+            return
         memory.read_mb()
-        if rank == 0 and index % show == 0:
+        if rank == 0:
             coordinator.learning.remote(shard.step, index, len(steps))
 
     return {"steps": float(len(steps))} | update(policy, steps, config.train, generator, on_step)

@@ -89,6 +89,43 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
 
 
 @pytest.mark.libero
+@pytest.mark.ray
+def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = launch(
+        "train",
+        f"run.dir={run}",
+        "env.max_steps=60",
+        "data.windows=all",
+        "data.tail=drop",
+        "sampling.group_size=2",
+        "sampling.groups=1",
+        "sampling.max_groups=1",
+        "train.mode=async",
+        "train.lead=1",
+        "train.max_staleness=1",
+        "train.objective=imitation",
+        "train.updates=3",
+        "train.epochs=1",
+        "train.batch_size=8",
+        "train.micro_batch=8",
+        "train.precision=bfloat16",
+        "eval.episodes=0",
+        "scaling.learners=0",
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["weights_version"] == 3
+    # Six episodes of 60 steps (none can succeed so early), 11 windows each. Those of the first update are used in the
+    # second again and too old for the third; the same, shifted by one, for the second if it was collected ahead.
+    assert summary["env_steps"] == 360
+    assert summary["samples"]["windows"] in (22 + 44 + 44, 22 + 44 + 22)
+    assert summary["staleness"]["max"] <= 1
+    assert summary["staleness"]["dropped"] in (2, 4)
+    assert summary["seconds"]["render"] > 0
+
+
+@pytest.mark.libero
 def test_demonstrations_and_imitation(tmp_path: Path) -> None:
     demos, policy = tmp_path / "demos.safetensors", tmp_path / "policy"
     common = (f"data.demos={demos}", f"run.dir={tmp_path}/run")

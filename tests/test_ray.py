@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import pickle
+import ctypes
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-import ray.train
 import torch
 from conftest import make_policy, make_trajectory
-from ray.train.torch import TorchTrainer
+from ray.experimental import get_object_locations
 
+from actors.coordinator import Dispatcher, Episode
 from actors.pool import SamplePool
-from actors.rollout import make_report
+from actors.rollout import RolloutActor, make_report
 from actors.weights import WeightStore
 from benchmarks.learner import Recorder
-from learner.loop import train_loop
-from ript_ray.config import Config
+from learner.loop import learner_group
+from ript_ray.config import Config, load_config
 from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
-from ript_ray.types import Trajectory
+from ript_ray.types import Context, Trajectory
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -77,10 +82,71 @@ def test_nothing_stale_is_served_and_what_is_dropped_is_counted(tiny_config: Con
 
 def test_a_trajectory_is_stored_once() -> None:
     trajectory = make_trajectory(120)
-    buffers: list[pickle.PickleBuffer] = []
-    header = pickle.dumps(trajectory, protocol=5, buffer_callback=buffers.append)
-    stored = len(header) + sum(buffer.raw().nbytes for buffer in buffers)
-    assert stored <= 1.02 * trajectory.nbytes
+    reference = ray.put(trajectory)
+    stored = get_object_locations([reference])[reference]["object_size"]
+    assert trajectory.nbytes < stored <= 1.02 * trajectory.nbytes
+
+
+@pytest.fixture(scope="module")
+def rollout_actor(ray_cluster: None) -> Any:
+    """A real rollout actor: LIBERO, the shipped policy, its weight store."""
+    config = load_config(ROOT / "configs" / "default.yaml", ["env.max_steps=40"])
+    policy = load_policy(ROOT / "checkpoints" / "libero_object_0")
+    store = WeightStore.remote()
+    arrays = {name: tensor.numpy() for name, tensor in cpu_weights(policy).items()}
+    ray.get(store.publish.remote(0, arrays, ""))
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(policy), store)
+    ray.get(actor.renderer.remote(), timeout=120)
+    return actor, store
+
+
+def play_all(dispatcher: Dispatcher, seeds: list[int]) -> dict[int, Trajectory]:
+    """Play one episode per seed and return the trajectories by seed."""
+    for seed in seeds:
+        dispatcher.submit(Episode(0, Context("libero_object/0", 1, seed), guidance=1.0))
+    played = {}
+    while dispatcher.outstanding:
+        for episode, report, reference in dispatcher.wait():
+            played[episode.context.seed] = ray.get(reference)
+            assert report.length == len(played[episode.context.seed])
+    return played
+
+
+@pytest.mark.libero
+def test_an_actor_that_is_killed_costs_one_episode_which_is_played_again(rollout_actor: Any) -> None:
+    actor, _ = rollout_actor
+    undisturbed = play_all(Dispatcher([actor], timeout_s=120), [5, 6])
+    process = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    killer = threading.Timer(0.7, os.kill, [process, signal.SIGKILL])
+    killer.start()
+    dispatcher = Dispatcher([actor], timeout_s=120)
+    played = play_all(dispatcher, [5, 6])
+    killer.join()
+    assert len(dispatcher.errors) == 1
+    assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != process
+    for seed in (5, 6):
+        np.testing.assert_array_equal(played[seed].actions, undisturbed[seed].actions)
+        np.testing.assert_array_equal(played[seed].qpos, undisturbed[seed].qpos)
+        np.testing.assert_array_equal(played[seed].frames, undisturbed[seed].frames)
+
+
+@pytest.mark.libero
+def test_an_actor_that_hangs_is_ended_and_started_again(rollout_actor: Any) -> None:
+    actor, _ = rollout_actor
+    # As a simulator would hang: in C, and without letting other Python threads run.
+    actor.__ray_call__.remote(lambda _: ctypes.PyDLL(None).sleep(600))
+    dispatcher = Dispatcher([actor], timeout_s=15)
+    played = play_all(dispatcher, [7])
+    assert len(played[7]) > 0
+    assert any("no result after 15 s" in error for error in dispatcher.errors)
+
+
+def test_a_surplus_is_dropped_from_the_queue() -> None:
+    dispatcher = Dispatcher([], timeout_s=1)  # no actor takes anything from the queue
+    for tag in (1, 1, 2):
+        dispatcher.submit(Episode(tag, Context("libero_object/0", 0, 0), guidance=1.0))
+    assert dispatcher.cancel({1}) == 2
+    assert dispatcher.outstanding == 1
 
 
 def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
@@ -99,25 +165,14 @@ def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
 
 def learn(config: Config, run_dir: Path, learners: int) -> dict[str, Any]:
     """Run the learner group on fixed samples and return the last weights it published."""
+    scaling = config.scaling.model_copy(update={"learners": learners, "learner_cpus": 0.5})
+    config = config.model_copy(update={"scaling": scaling})
     pool, store, log = SamplePool.remote(config), WeightStore.remote(), Recorder.remote()
     for step in range(config.train.updates):
         add_group(pool, step, [True, False, True, False], version=step)
         ray.get(pool.seal.remote(step))
     policy = make_policy()
-    TorchTrainer(
-        train_loop,
-        train_loop_config={
-            "config": config,
-            "description": describe(policy),
-            "weights": [ray.put(cpu_weights(policy))],
-            "pool": pool,
-            "store": store,
-            "coordinator": log,
-            "run_dir": str(run_dir),
-        },
-        scaling_config=ray.train.ScalingConfig(num_workers=learners, resources_per_worker={"CPU": 0.5}),
-        run_config=ray.train.RunConfig(name="learners", storage_path=str(run_dir)),
-    ).fit()
+    learner_group(config, policy, pool, store, log, run_dir).fit()
     version, (reference,) = ray.get(store.newest.remote(-1))
     assert version == config.train.updates
     weights = {name: torch.tensor(array) for name, array in ray.get(reference).items()}

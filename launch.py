@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cluster.tracking import Tracker
     from ript_ray.policies.flow import FlowPolicy
 
+log = logging.getLogger("ript_ray")
+
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -49,8 +51,8 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
     ):
         store, actors = start_rollouts(config, policy)
-        pool = spawn(SamplePool, config)
-        coordinator = spawn(Coordinator, config, actors, pool, store)
+        pool = spawn(SamplePool, config, name="SamplePool")
+        coordinator = spawn(Coordinator, config, actors, pool, store, name="Coordinator")
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
         with Monitor(config, coordinator, run_dir, tracker) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
@@ -85,7 +87,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store)
+        coordinator = spawn(Coordinator, config, actors, None, store, name="Coordinator")
         with Monitor(config, coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())
@@ -193,6 +195,7 @@ class Monitor:
             self.rows.append(row)
             with self._metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
             if self._tracker is not None:
                 self._tracker.log(row)
         self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
@@ -253,6 +256,9 @@ def leave_behind(
             for reference in kept.values():
                 frames = ray.get(actor.film.remote(reference), timeout=300)
                 write_video(run_dir / f"{when}-{'success' if success else 'failure'}.mp4", frames, 10.0)
+    for error in summary["errors"]:
+        log.warning("survived: %s", error)
+    log.info(describe_summary(summary))
     print(describe_summary(summary))
     print(f"  everything in {run_dir}")
 
@@ -281,10 +287,10 @@ def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
     from ript_ray.policies.checkpoints import cpu_weights, describe, weights_sha256
 
     weights = cpu_weights(policy)
-    store = spawn(WeightStore)
+    store = spawn(WeightStore, name="WeightStore")
     arrays = {name: tensor.numpy() for name, tensor in weights.items()}
     ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
-    return store, start_actors(RolloutActor, config.scaling, config, describe(policy), store)
+    return store, start_actors(RolloutActor, config.scaling, config, describe(policy), "WeightStore")
 
 
 def resolve(path: str) -> Path:
@@ -304,6 +310,7 @@ def make_run_dir(config: Config, command: str) -> Path:
     logging.basicConfig(
         filename=run_dir / "run.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    log.info("%s in %s, configuration in config.yaml", command, run_dir)
     return run_dir
 
 

@@ -29,7 +29,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.rollout import EpisodeReport
 from ript_ray.algos.sampling import ContextSampler, Group
-from ript_ray.config import Config
+from ript_ray.config import Config, ScalingConfig
 from ript_ray.types import Context
 
 _MAX_ATTEMPTS = 3
@@ -64,15 +64,17 @@ class Dispatcher:
 
     Args:
         actors: handles of `RolloutActor`.
-        timeout_s: limit for one episode, and for waiting when every actor is lost.
+        scaling: its ``episode_timeout_s`` limits one episode, its ``wait_timeout_s`` the wait for lost actors when none
+            is left.
     """
 
-    def __init__(self, actors: list[Any], timeout_s: float) -> None:
+    def __init__(self, actors: list[Any], scaling: ScalingConfig) -> None:
         self._idle = deque(actors)
         self._lost: dict[Any, Any] = {}
         """Actors that died, by the reference of a call that returns when Ray has started them again."""
         self._alive_at = time.monotonic()
-        self._timeout_s = timeout_s
+        self._timeout_s = scaling.episode_timeout_s
+        self._restart_timeout_s = scaling.wait_timeout_s
         self._queue: deque[Episode] = deque()
         self._running: dict[Any, tuple[Any, Any, Episode]] = {}
         self.errors: list[str] = []
@@ -135,7 +137,7 @@ class Dispatcher:
     def _check_that_somebody_plays(self) -> None:
         if self._running:
             self._alive_at = time.monotonic()
-        elif not self._lost or time.monotonic() > self._alive_at + self._timeout_s:
+        elif not self._lost or time.monotonic() > self._alive_at + self._restart_timeout_s:
             last = self.errors[-1] if self.errors else "none"
             raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 
@@ -195,7 +197,7 @@ class Coordinator:
     def run(self) -> None:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
-        dispatcher = Dispatcher(self._actors, config.scaling.episode_timeout_s)
+        dispatcher = Dispatcher(self._actors, config.scaling)
         for step in range(config.train.updates):
             lead = config.train.lead if config.train.mode == "async" else 0
             self._enter("waiting for weights", 0)
@@ -216,7 +218,7 @@ class Coordinator:
             failures and successes by context index.
         """
         contexts = evaluation_contexts(self._config)
-        dispatcher = Dispatcher(self._actors, self._config.scaling.episode_timeout_s)
+        dispatcher = Dispatcher(self._actors, self._config.scaling)
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
@@ -330,7 +332,9 @@ class Coordinator:
         waiting = {}
         for turn, identifier in enumerate(accepted):
             actor = self._actors[turn % len(self._actors)]
-            report, trajectory = actor.render_all.options(num_returns=2).remote(references[identifier][0])
+            # Rendering again gives the same, so a lost actor's work is simply repeated.
+            render = actor.render_all.options(num_returns=2, max_task_retries=-1)
+            report, trajectory = render.remote(references[identifier][0])
             waiting[report] = (identifier, trajectory)
         for report_ref, (identifier, trajectory) in waiting.items():
             report = self._ask(report_ref)

@@ -35,16 +35,24 @@ class EpisodeReport:
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
 class RolloutActor:
-    """Plays one episode per call. The caller owns the trajectory, so the actor's death loses only what it runs."""
+    """Plays one episode per call. The caller owns the trajectory, so the actor's death loses only what it runs.
 
-    def __init__(self, index: int, config: Config, description: dict[str, Any], store: Any) -> None:
+    Args:
+        index: shown in names and logs.
+        config: the whole configuration.
+        description: of the policy, see `build_policy`.
+        store: name of the `WeightStore`; None for an actor that only demonstrates.
+    """
+
+    def __init__(self, index: int, config: Config, description: dict[str, Any], store: str | None) -> None:
         torch.set_num_threads(1)
         from ript_ray.envs import make  # imports the simulator, in this process only
 
         self._index = index
         self._config = config
         self._description = description
-        self._store = store
+        # By name: a handle among the arguments could be gone when Ray starts this actor again.
+        self._store = ray.get_actor(store) if store else None
         self._env = make(config.env.id, config.env.image_size, config.env.max_steps)
         self._device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
         self._policy: FlowPolicy | None = None
@@ -97,6 +105,8 @@ class RolloutActor:
 
     def _pull(self) -> FlowPolicy:
         """Adopt newer weights if there are any. CPU parameters are views into the node's shared object."""
+        if self._store is None:
+            raise RuntimeError("this actor was started without a weight store")
         found = ray.get(self._store.newest.remote(self._version), timeout=self._config.scaling.wait_timeout_s)
         if found is not None:
             version, (reference,) = found

@@ -83,9 +83,9 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
         ray.shutdown()
 
 
-def spawn(actor_class: Any, *args: Any) -> Any:
+def spawn(actor_class: Any, *args: Any, name: str | None = None) -> Any:
     """Start one actor. (Type checkers do not see the ``remote`` that Ray gives to a class.)"""
-    return actor_class.remote(*args)
+    return actor_class.options(name=name).remote(*args)
 
 
 def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[Any]:
@@ -94,8 +94,12 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
     Raises:
         UserError: when an actor cannot start; the message says why.
     """
-    options = {"num_cpus": scaling.actor_cpus, "num_gpus": scaling.actor_gpus}
-    actors = [actor_class.options(**options).remote(i, *args) for i in range(scaling.actors)]
+    actors = [
+        actor_class.options(name=f"RolloutActor{i}", num_cpus=scaling.actor_cpus, num_gpus=scaling.actor_gpus).remote(
+            i, *args
+        )
+        for i in range(scaling.actors)
+    ]
     try:
         ray.get([actor.renderer.remote() for actor in actors], timeout=scaling.wait_timeout_s)
     except ray.exceptions.RayActorError as error:

@@ -63,7 +63,11 @@ def learner_group(
             resources_per_worker={"CPU": scaling.learner_cpus, "GPU": scaling.learner_gpus},
         ),
         run_config=ray.train.RunConfig(
-            name="learners", storage_path=folder, worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY}
+            name="learners",
+            storage_path=folder,
+            worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY},
+            # A worker that dies takes the group with it; the group starts again at the update it was in.
+            failure_config=ray.train.FailureConfig(max_failures=2),
         ),
     )
 
@@ -87,7 +91,12 @@ def train_loop(settings: dict[str, Any]) -> None:
     start = ray.get(settings["weights"][0], timeout=limit)
     policy = build_policy(settings["description"], start).to(device)
     memory = PeakMemory()
-    for step in range(config.train.updates):
+    first = 0
+    published = ray.get(store.newest.remote(0), timeout=limit)
+    if published is not None:  # the group was restarted: the updates so far are done
+        first, (newest,) = published
+        policy.load_state_dict({name: torch.tensor(array) for name, array in ray.get(newest, timeout=limit).items()})
+    for step in range(first, config.train.updates):
         waiting = time.perf_counter()
         shard = ray.get(pool.next_shard.remote(step, rank, world, limit), timeout=limit + 30)
         if shard is None:

@@ -79,6 +79,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert {row["update"] for row in rows} == {1, 2}
     for file in ("config.yaml", "success.png", "run.log", "checkpoints/0002/model.safetensors", "before-failure.mp4"):
         assert (run / file).exists(), file
+    assert "update 2, learner/steps" in (run / "run.log").read_text()
     assert (tmp_path / "mlflow.db").exists()
     assert launch("train", f"run.dir={run}").returncode == 2  # a finished run is not overwritten
 

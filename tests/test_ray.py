@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import ray
 import torch
 from conftest import make_policy, make_trajectory
 from ray.experimental import get_object_locations
+from ray.util.state import list_actors
 
 from actors.coordinator import Dispatcher, Episode
 from actors.pool import SamplePool
@@ -22,7 +25,7 @@ from actors.rollout import RolloutActor, make_report
 from actors.weights import WeightStore
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
-from ript_ray.config import Config, load_config
+from ript_ray.config import Config, ScalingConfig, load_config
 from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, weights_sha256
 from ript_ray.types import Context, Trajectory
 
@@ -92,10 +95,10 @@ def rollout_actor(ray_cluster: None) -> Any:
     """A real rollout actor: LIBERO, the shipped policy, its weight store."""
     config = load_config(ROOT / "configs" / "default.yaml", ["env.max_steps=40"])
     policy = load_policy(ROOT / "checkpoints" / "libero_object_0")
-    store = WeightStore.remote()
+    store = WeightStore.options(name="Weights").remote()
     arrays = {name: tensor.numpy() for name, tensor in cpu_weights(policy).items()}
     ray.get(store.publish.remote(0, arrays, ""))
-    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(policy), store)
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(policy), "Weights")
     ray.get(actor.renderer.remote(), timeout=120)
     return actor, store
 
@@ -115,11 +118,11 @@ def play_all(dispatcher: Dispatcher, seeds: list[int]) -> dict[int, Trajectory]:
 @pytest.mark.libero
 def test_an_actor_that_is_killed_costs_one_episode_which_is_played_again(rollout_actor: Any) -> None:
     actor, _ = rollout_actor
-    undisturbed = play_all(Dispatcher([actor], timeout_s=120), [5, 6])
+    undisturbed = play_all(Dispatcher([actor], ScalingConfig()), [5, 6])
     process = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
     killer = threading.Timer(0.7, os.kill, [process, signal.SIGKILL])
     killer.start()
-    dispatcher = Dispatcher([actor], timeout_s=120)
+    dispatcher = Dispatcher([actor], ScalingConfig())
     played = play_all(dispatcher, [5, 6])
     killer.join()
     assert len(dispatcher.errors) == 1
@@ -135,14 +138,14 @@ def test_an_actor_that_hangs_is_ended_and_started_again(rollout_actor: Any) -> N
     actor, _ = rollout_actor
     # As a simulator would hang: in C, and without letting other Python threads run.
     actor.__ray_call__.remote(lambda _: ctypes.PyDLL(None).sleep(600))
-    dispatcher = Dispatcher([actor], timeout_s=15)
+    dispatcher = Dispatcher([actor], ScalingConfig(episode_timeout_s=15))
     played = play_all(dispatcher, [7])
     assert len(played[7]) > 0
     assert any("no result after 15 s" in error for error in dispatcher.errors)
 
 
 def test_a_surplus_is_dropped_from_the_queue() -> None:
-    dispatcher = Dispatcher([], timeout_s=1)  # no actor takes anything from the queue
+    dispatcher = Dispatcher([], ScalingConfig())  # no actor takes anything from the queue
     for tag in (1, 1, 2):
         dispatcher.submit(Episode(tag, Context("libero_object/0", 0, 0), guidance=1.0))
     assert dispatcher.cancel({1}) == 2
@@ -163,8 +166,13 @@ def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
     assert ray.get(store.newest_version.remote()) == (4, "hash4")
 
 
-def learn(config: Config, run_dir: Path, learners: int) -> dict[str, Any]:
-    """Run the learner group on fixed samples and return the last weights it published."""
+def learn(
+    config: Config, run_dir: Path, learners: int, meanwhile: Callable[[Any], None] | None = None
+) -> dict[str, Any]:
+    """Run the learner group on fixed samples and return the last weights it published.
+
+    ``meanwhile`` runs in a thread, with the actor that takes the learner's rows.
+    """
     scaling = config.scaling.model_copy(update={"learners": learners, "learner_cpus": 0.5})
     config = config.model_copy(update={"scaling": scaling})
     pool, store, log = SamplePool.remote(config), WeightStore.remote(), Recorder.remote()
@@ -172,7 +180,10 @@ def learn(config: Config, run_dir: Path, learners: int) -> dict[str, Any]:
         add_group(pool, step, [True, False, True, False], version=step)
         ray.get(pool.seal.remote(step))
     policy = make_policy()
+    thread = threading.Thread(target=meanwhile or (lambda _: None), args=(log,))
+    thread.start()
     learner_group(config, policy, pool, store, log, run_dir).fit()
+    thread.join(timeout=60)
     version, (reference,) = ray.get(store.newest.remote(-1))
     assert version == config.train.updates
     weights = {name: torch.tensor(array) for name, array in ray.get(reference).items()}
@@ -188,6 +199,28 @@ def test_the_learner_group_trains_and_publishes(tiny_config: Config, tmp_path: P
     in_driver = learn(tiny_config, tmp_path / "driver", learners=0)
     for name, tensor in in_worker.items():
         torch.testing.assert_close(in_driver[name], tensor)
+
+
+def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config, tmp_path: Path) -> None:
+    config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"epochs": 100})})
+    killed = []
+
+    def kill_in_second_update(log: Any) -> None:
+        workers: list[Any] = []
+        while not workers or not ray.get(log.rows.remote()):
+            time.sleep(0.05)
+            workers = workers or list_actors(
+                address=ray.get_runtime_context().gcs_address,
+                filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")],
+            )
+        os.kill(workers[0]["pid"], signal.SIGKILL)
+        killed.append(len(ray.get(log.rows.remote())))
+
+    disturbed = learn(config, tmp_path / "disturbed", 1, kill_in_second_update)
+    assert killed == [1]
+    undisturbed = learn(config, tmp_path / "undisturbed", 1)
+    for name, tensor in undisturbed.items():
+        torch.testing.assert_close(disturbed[name], tensor)
 
 
 def test_two_learners_agree(tiny_config: Config, tmp_path: Path) -> None:

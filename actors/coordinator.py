@@ -184,6 +184,7 @@ class Coordinator:
         self._sampler = ContextSampler(config.env.id, config.env.train_init_states, config.sampling, config.run.seed)
         self._totals = _Totals()
         self._rows: list[dict[str, Any]] = []
+        self._learner_starts = 0
         self._lock = threading.Lock()
         self._stage = "starting"
         self._done = 0
@@ -264,6 +265,13 @@ class Coordinator:
             "seconds": {"rollout": totals.rollout_s} | totals.seconds,
             "weights_wait_s": {"mean": float(np.mean(waits)) if waits else 0.0, "max": max(waits, default=0.0)},
         }
+
+    def learners_started(self, step: int) -> None:
+        """The learner group begins at update ``step`` (it calls this); more than once means that it had been lost."""
+        with self._lock:
+            self._learner_starts += 1
+            if self._learner_starts > 1:
+                self._totals.errors.append(f"the learner group was lost and started again at update {step + 1}")
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
@@ -381,13 +389,18 @@ def evaluation_contexts(config: Config) -> list[Context]:
 
 
 def _planned_work(config: Config, training: bool) -> dict[str, float]:
-    """Share of each stage in the whole job, by a rough estimate of its duration in episodes."""
+    """Share of each stage in the whole job, by a rough estimate of its duration in episodes.
+
+    About half of the spare groups are needed, and on two cores a pass over an episode takes 0.008 of playing it.
+    """
     evaluation = max(1, config.eval.episodes)
     if not training:
         return {"evaluating": 1.0}
-    episodes = config.sampling.groups * config.sampling.group_size
+    sampling = config.sampling
+    episodes = (sampling.groups + sampling.max_groups) / 2 * sampling.group_size
+    trained = sampling.groups * sampling.group_size
     work: dict[str, float] = {"evaluating before": evaluation, "evaluating after": evaluation}
     for step in range(config.train.updates):
         work[f"update {step + 1}: rollouts"] = episodes
-        work[f"update {step + 1}: learning"] = episodes * 0.02 * config.train.epochs * (step + 1)
+        work[f"update {step + 1}: learning"] = trained * 0.008 * config.train.epochs * (step + 1)
     return {stage: amount / sum(work.values()) for stage, amount in work.items()}

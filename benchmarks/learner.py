@@ -32,6 +32,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._starts: list[int] = []
+
+    def learners_started(self, step: int) -> None:
+        self._starts.append(step)
 
     def log(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -41,6 +45,9 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Any]]:
         return self._rows
+
+    def starts(self) -> list[int]:
+        return self._starts
 
 
 @ray.remote(num_cpus=0)

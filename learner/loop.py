@@ -96,6 +96,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     if published is not None:  # the group was restarted: the updates so far are done
         first, (newest,) = published
         policy.load_state_dict({name: torch.tensor(array) for name, array in ray.get(newest, timeout=limit).items()})
+    if rank == 0:
+        ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
         waiting = time.perf_counter()
         shard = ray.get(pool.next_shard.remote(step, rank, world, limit), timeout=limit + 30)

@@ -180,7 +180,7 @@ def learn(
         add_group(pool, step, [True, False, True, False], version=step)
         ray.get(pool.seal.remote(step))
     policy = make_policy()
-    thread = threading.Thread(target=meanwhile or (lambda _: None), args=(log,))
+    thread = threading.Thread(target=meanwhile or (lambda _: None), args=(log,), daemon=True)
     thread.start()
     learner_group(config, policy, pool, store, log, run_dir).fit()
     thread.join(timeout=60)
@@ -215,9 +215,12 @@ def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config
             )
         os.kill(workers[0]["pid"], signal.SIGKILL)
         killed.append(len(ray.get(log.rows.remote())))
+        while len(starts := ray.get(log.starts.remote())) < 2:
+            time.sleep(0.2)
+        killed.extend(starts)
 
     disturbed = learn(config, tmp_path / "disturbed", 1, kill_in_second_update)
-    assert killed == [1]
+    assert killed == [1, 0, 1]  # rows at the kill, then the updates at which the group started
     undisturbed = learn(config, tmp_path / "undisturbed", 1)
     for name, tensor in undisturbed.items():
         torch.testing.assert_close(disturbed[name], tensor)

@@ -299,13 +299,21 @@ def resolve(path: str) -> Path:
     return given if given.exists() or given.is_absolute() else Path(__file__).parent / given
 
 
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder for results before work starts, not when they are there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: cannot create the folder {str(folder)!r}: {error.strerror}") from error
+
+
 def make_run_dir(config: Config, command: str) -> Path:
     """Create the run directory and write the resolved configuration into it."""
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
     if (run_dir / "summary.json").exists():
         raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir, "run.dir")
     save_config(config, run_dir / "config.yaml")
     logging.basicConfig(
         filename=run_dir / "run.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -325,6 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_intermixed_args(arguments)
     try:
+        if options.json:
+            make_folder(options.json.parent, "--json")
         result = dispatch(options.command, options.settings, options.config)
         if options.json:
             from ript_ray.reporting import write_json

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ript_ray.errors import UserError, nearest
 
+INIT_STATES = 50
+"""Official initial states of each LIBERO task."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -203,8 +206,11 @@ class Config(_Section):
     def _check(self) -> Config:
         train, held_out = self.env.train_init_states, self.env.eval_init_states
         for name, (first, end) in (("train", train), ("eval", held_out)):
-            if not 0 <= first < end:
-                raise ValueError(f"env.{name}_init_states=[{first}, {end}] is empty; expected 0 <= first < end")
+            if not 0 <= first < end <= INIT_STATES:
+                raise ValueError(
+                    f"env.{name}_init_states=[{first}, {end}]: expected 0 <= first < end <= {INIT_STATES}, the number "
+                    "of initial states of each task"
+                )
         if max(train[0], held_out[0]) < min(train[1], held_out[1]):
             raise ValueError(
                 f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "

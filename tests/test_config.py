@@ -30,7 +30,8 @@ def test_overrides_are_typed() -> None:
         ("nonsense", ["nonsense", "section.key=value"]),
         ("sampling.max_groups=1", ["sampling.max_groups=1", "sampling.groups=8"]),
         ("env.eval_init_states=[20, 30]", ["env.train_init_states", "overlap"]),
-        ("env.train_init_states=[3, 3]", ["env.train_init_states", "empty"]),
+        ("env.train_init_states=[3, 3]", ["env.train_init_states", "first < end"]),
+        ("env.eval_init_states=[25, 80]", ["env.eval_init_states", "<= 50"]),
         ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
     ],
 )

@@ -155,6 +155,22 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_pa
         load_policy(tmp_path / "p")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("policy.json", b'{"type": "flow", "config"'),
+        ("policy.json", b"{}"),
+        ("policy.json", b'{"type": "flow", "config": {"hrizon": 50}, "transform": {}}'),
+        ("model.safetensors", b"\x10\x00"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_that_names_it(name: str, content: bytes, tmp_path: Path) -> None:
+    save_policy(tmp_path / "policy", make_policy())
+    (tmp_path / "policy" / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_policy(tmp_path / "policy")
+
+
 def test_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(i, 100, 1.0, 0.1) for i in range(100)]
     assert rates[0] == pytest.approx(0.1)

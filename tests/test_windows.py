@@ -80,3 +80,9 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(UserError, match="holds no trajectories"):
         load_trajectories(tmp_path / "other")
+
+
+def test_a_damaged_file_names_the_command_that_makes_it_again(tmp_path: Path) -> None:
+    (tmp_path / "demos.safetensors").write_bytes(b"no demonstrations")
+    with pytest.raises(UserError, match=r"launch\.py demos"):
+        load_trajectories(tmp_path / "demos.safetensors")

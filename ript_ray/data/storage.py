@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ript_ray.errors import UserError
@@ -36,11 +36,15 @@ def load_trajectories(path: Path) -> list[Trajectory]:
     """Read what `save_trajectories` wrote.
 
     Raises:
-        UserError: when the file is missing or is not such a file.
+        UserError: when the file is missing, damaged or not such a file.
     """
     if not path.is_file():
         raise UserError(f"no trajectories at {path}; make some with: python launch.py demos data.demos={path}")
-    with safe_open(path, framework="numpy") as file:
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again with: python launch.py demos") from error
+    with opened as file:
         metadata = file.metadata() or {}
         if "trajectories" not in metadata:
             raise UserError(f"{path} holds no trajectories (expected a file written by: python launch.py demos)")

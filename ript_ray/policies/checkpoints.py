@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ript_ray.errors import UserError
@@ -44,7 +45,7 @@ def load_policy(folder: Path) -> FlowPolicy:
     """Read a policy in evaluation mode.
 
     Raises:
-        UserError: when files are missing, or a tensor is missing, unknown or misshapen. Never random weights.
+        UserError: when a file is missing or damaged, or a tensor missing, unknown or misshapen. Never random weights.
     """
     for name in ("policy.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -52,10 +53,16 @@ def load_policy(folder: Path) -> FlowPolicy:
                 f"policy.checkpoint={str(folder)!r}: {name} not found there; expected a folder written by "
                 f"'python launch.py sft', for example {_shipped_example()}"
             )
-    description = json.loads((folder / "policy.json").read_text())
-    if description.get("type") != "flow":
-        raise UserError(f"policy.checkpoint={str(folder)!r}: unknown type {description.get('type')!r}; valid: 'flow'")
-    return build_policy(description, load_file(folder / "model.safetensors"))
+    try:
+        description = json.loads((folder / "policy.json").read_text())
+        if description["type"] != "flow":
+            raise UserError(f"policy.checkpoint={str(folder)!r}: unknown type {description['type']!r}; valid: 'flow'")
+        return build_policy(description, load_file(folder / "model.safetensors"))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"policy.checkpoint={str(folder)!r} cannot be read ({type(error).__name__}: {error}); a file is damaged or "
+            "of another version: copy it again, or make a new one with 'python launch.py sft'"
+        ) from error
 
 
 def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> FlowPolicy:

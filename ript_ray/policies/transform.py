@@ -17,6 +17,10 @@ from ript_ray.errors import UserError
 
 _EPS = 1e-6
 """Added to deviations, as openpi does."""
+_SMALLEST_STATE_STD = (0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01)
+"""Metres for position and fingers, radians for the axis-angle. A tabletop task hardly turns the hand: its angles are
+noise of a hundredth of a radian, which would otherwise be blown up to the size of everything else, and outliers to 16
+deviations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Transform:
         # A dimension that never moves would be blown up by its tiny deviation: give it a floor.
         return cls(
             state_mean=_floats(states.mean(0)),
-            state_std=_floats(states.std(0).clip(1e-3)),
+            state_std=_floats(states.std(0).clip(_SMALLEST_STATE_STD)),
             action_mean=_floats(shifted.mean(0)),
             action_std=_floats(shifted.std(0).clip(1e-2)),
             relative=relative,

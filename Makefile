@@ -33,6 +33,7 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -q tests/test_house.py
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
@@ -41,3 +42,4 @@ format: setup
 bench: setup
 	$(PYTHON) launch.py bench env
 	$(PYTHON) launch.py bench learner
+	$(PYTHON) launch.py bench memory

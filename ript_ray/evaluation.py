@@ -14,7 +14,8 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
     rate = successes / episodes
     centre = (rate + z**2 / (2 * episodes)) / (1 + z**2 / episodes)
     half = z / (1 + z**2 / episodes) * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and at 1 rounding would leave the rate itself just outside.
+    return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def success_summary(results: Sequence[bool]) -> dict[str, Any]:

@@ -78,6 +78,13 @@ def test_wilson_interval_solves_its_equation(successes: int, episodes: int) -> N
         assert abs(rate - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / episodes) ** 0.5, abs=1e-6)
 
 
+def test_wilson_interval_contains_the_rate_to_the_last_bit() -> None:
+    for episodes in range(1, 101):
+        for successes in range(episodes + 1):
+            low, high = wilson_interval(successes, episodes)
+            assert 0.0 <= low <= successes / episodes <= high <= 1.0
+
+
 def test_summary_and_paired_test() -> None:
     assert success_summary([True, False])["rate"] == 0.5
     assert success_summary([])["ci95"] == [0.0, 1.0]

@@ -28,6 +28,8 @@ def measure(config: Config) -> dict[str, Any]:
     ours, final = _timed(lambda: _reused_episode(env, actions))
     stock_env = _stock(config)
     stock, stock_final = _timed(lambda: _stock_episode(stock_env, config, actions))
+    env.close()
+    stock_env.close()
     return {
         "benchmark": "env",
         "env": config.env.id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ from ript_ray.types import Context, Shard, Trajectory
 
 STEPS = 110
 LOOK_EVERY = 10
+_REPEATS = 2
+"""Updates that are timed in each of the two plain loops; twice as many through Ray."""
 
 
 @ray.remote(num_cpus=0)
@@ -52,31 +55,35 @@ class Recorder:
 
 @ray.remote(num_cpus=0)
 class _Sink:
-    """Takes the learner's weights in the place of a weight store."""
+    """Takes the learner's weights in the place of a weight store, and offers the same samples for the next update."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
 
     def newest(self, than: int) -> None:
         pass
 
     def publish(self, version: int, weights: dict[str, np.ndarray], sha256: str) -> None:
-        pass
+        ray.get(self._pool.seal.remote(version), timeout=60)
 
 
 def measure_speed(config: Config) -> dict[str, Any]:
     """Samples per second of the same update, on the same data, in a plain loop and through Ray.
 
-    Each is the second update of its process: what a process does once (imports, warming up) is not counted.
+    Medians of several updates, the plain ones half before and half after, since a machine's speed drifts. The first
+    update of each process is left out: what a process does once (imports, warming up) is not counted.
     """
     trajectories = make_trajectories(80, config.env.image_size)
     plain = _plain_loop(config, trajectories)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
-        row = _through_ray(config, trajectories)
-    samples = row["learner/steps"] * config.train.batch_size
-    through_ray = samples / row["learner/busy_s"]
+        rows = _through_ray(config, trajectories, updates=1 + 2 * _REPEATS)[1:]
+    plain += _plain_loop(config, trajectories)
+    through_ray = [row["learner/steps"] * config.train.batch_size / row["learner/busy_s"] for row in rows]
     return {
         "benchmark": "learner",
         "plain_samples_per_s": plain,
         "ray_samples_per_s": through_ray,
-        "ratio": through_ray / plain,
+        "ratio": statistics.median(through_ray) / statistics.median(plain),
     }
 
 
@@ -88,7 +95,7 @@ def measure_memory(config: Config) -> dict[str, Any]:
             update={"train": config.train.model_copy(update={"epochs": max(1, 8 * config.train.epochs // count)})}
         )
         with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
-            row = _through_ray(settings, make_trajectories(count, config.env.image_size))
+            row = _through_ray(settings, make_trajectories(count, config.env.image_size), updates=2)[-1]
         peaks[count] = row["learner/peak_memory_mb"]
     return {"benchmark": "memory", "peak_mb": peaks, "growth": peaks[80] / peaks[8] - 1}
 
@@ -122,8 +129,8 @@ def make_policy(image_size: int) -> FlowPolicy:
     return FlowPolicy(FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
 
 
-def _plain_loop(config: Config, trajectories: list[Trajectory]) -> float:
-    """Samples per second of the second of two updates without Ray: everything in this process."""
+def _plain_loop(config: Config, trajectories: list[Trajectory]) -> list[float]:
+    """Samples per second of each update but the first, without Ray: everything in this process."""
     torch.set_num_threads(config.scaling.learner_threads)
     train = config.train
     index = [(i, int(start)) for i, t in enumerate(trajectories) for start in seen_starts(t, tail=config.data.tail)]
@@ -132,23 +139,23 @@ def _plain_loop(config: Config, trajectories: list[Trajectory]) -> float:
     shard = Shard(0, {}, advantages, np.array(index, dtype=np.int32), order, train.batch_size)
     steps = plan_steps(shard, dict(enumerate(trajectories)), train.micro_batch)
     policy = make_policy(config.env.image_size)
-    for _ in range(2):
+    rates = []
+    for _ in range(1 + _REPEATS):
         started = time.perf_counter()
         update(policy, steps, train, torch.Generator().manual_seed(0))
-        seconds = time.perf_counter() - started
-    return order.size / seconds
+        rates.append(order.size / (time.perf_counter() - started))
+    return rates[1:]
 
 
-def _through_ray(config: Config, trajectories: list[Trajectory]) -> dict[str, Any]:
-    """The learner's metrics of the second of two updates, with the data in the object store and a learner group."""
+def _through_ray(config: Config, trajectories: list[Trajectory], updates: int) -> list[dict[str, Any]]:
+    """The learner's metrics of each update, with the data in the object store and a learner group."""
     size = config.sampling.group_size
-    config = config.model_copy(update={"train": config.train.model_copy(update={"updates": 2})})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"updates": updates})})
     pool, recorder = spawn(SamplePool, config), spawn(Recorder)
     for i, trajectory in enumerate(trajectories):
         ray.get(pool.add.remote(i // size, make_report(trajectory, trajectory.seconds, 0.0), [ray.put(trajectory)]))
-    for step in range(2):
-        ray.get(pool.seal.remote(step))
     policy = make_policy(config.env.image_size)
+    ray.get(pool.seal.remote(0))
     with tempfile.TemporaryDirectory() as folder:
-        learner_group(config, policy, pool, spawn(_Sink), recorder, Path(folder)).fit()
-    return dict(ray.get(recorder.rows.remote())[-1])
+        learner_group(config, policy, pool, spawn(_Sink, pool), recorder, Path(folder)).fit()
+    return list(ray.get(recorder.rows.remote()))

@@ -19,7 +19,7 @@ from conftest import make_policy, make_trajectory
 from ray.experimental import get_object_locations
 from ray.util.state import list_actors
 
-from actors.coordinator import Dispatcher, Episode
+from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor, make_report
 from actors.weights import WeightStore

@@ -20,6 +20,7 @@ from robosuite.utils.errors import RandomizationError  # noqa: E402  (the OpenGL
 
 from ript_ray.envs.frames import CAMERAS, FrameRenderer, FrameTicket, LazyObservation, body_pose_of  # noqa: E402
 from ript_ray.envs.physics import ControlStepper, SampleClock  # noqa: E402
+from ript_ray.envs.substeps import Sample  # noqa: E402
 
 SETTLE_STEPS = 10
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
@@ -63,6 +64,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._renderer = FrameRenderer(self._env.sim.model, image_size)
         self._stepper = ControlStepper(self._env)
         self._clock = SampleClock(self._env.control_freq)
+        self._fingers = np.array(self._env.robots[0]._ref_gripper_joint_pos_indexes)
         self._steps = 0
         self._over = True
         self._observation: LazyObservation | None = None
@@ -180,7 +182,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         env.visualize(vis_settings={vis: False for vis in env._visualizations})
         self._clock.reset()
         self._clock.force(env.model_timestep)
-        self._observe(env.sim.data.qpos.copy(), self._stepper.proprioception())
+        self._observe(self._stepper.observe())
 
     def _restore(self, state: np.ndarray) -> None:
         """Stock `set_init_state`: joint positions and velocities, then a forced observation."""
@@ -189,19 +191,19 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         env.sim.forward()
         env._post_process()
         self._clock.force(env.model_timestep)
-        self._observe(env.sim.data.qpos.copy(), self._stepper.proprioception())
+        self._observe(self._stepper.observe())
 
     def _advance(self, action: np.ndarray) -> bool:
-        qpos, sample = self._stepper.step(action, self._clock)
-        self._observe(qpos, sample)  # before _post_process: a frame shows the lights of the step that it belongs to
+        self._observe(self._stepper.step(action, self._clock))  # before _post_process: a frame shows the lights of the step that it belongs to
         success = bool(self._env._check_success())
         self._env._post_process()
         return success
 
-    def _observe(self, qpos: np.ndarray, sample: np.ndarray) -> None:
+    def _observe(self, sample: Sample) -> None:
         model = self._env.sim.model._model
-        state = np.concatenate([sample[:3], _axis_angle(sample[3:7]), sample[7:]]).astype(np.float32)
-        ticket = FrameTicket(qpos, body_pose_of(model), model.site_rgba[:, 3].copy())
+        fingers = sample.qpos[self._fingers]
+        state = np.concatenate([sample.ee_pos, _axis_angle(sample.hand_quat[[1, 2, 3, 0]]), fingers]).astype(np.float32)
+        ticket = FrameTicket(sample.seen_qpos, body_pose_of(model), model.site_rgba[:, 3].copy())
         values = {"state": state, "instruction": self.task.instruction}
         self._observation = LazyObservation(values, ticket, self._renderer.render)
 

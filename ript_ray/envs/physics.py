@@ -13,8 +13,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-_SKIP_POS_VEL = int(mujoco.mjtStage.mjSTAGE_VEL)
-_MAX_ACCELERATION = 1e10
+from ript_ray.envs.substeps import Goal, Measurement, Plant, Sample, Scratch, begin, function_addresses, run
 
 
 class SimulationDiverged(RuntimeError):
@@ -61,7 +60,7 @@ class ControlStepper:
     """Advances one robosuite environment by control steps.
 
     Args:
-        env: the robosuite environment (`BDDLBaseDomain`), reset at least once.
+        env: the robosuite environment with one Panda arm, reset at least once.
     """
 
     def __init__(self, env: Any) -> None:
@@ -71,74 +70,90 @@ class ControlStepper:
         if self._model.opt.integrator != mujoco.mjtIntegrator.mjINT_EULER:
             raise RuntimeError(f"expected MuJoCo's Euler integrator, found {self._model.opt.integrator}")
         self._substeps = int(env.control_timestep / env.model_timestep)
-        self._jac_pos = np.zeros((3, self._model.nv))
-        self._jac_rot = np.zeros((3, self._model.nv))
-        self._mass = np.zeros((self._model.nv, self._model.nv))
+        self._measured = Measurement.empty(len(env.robots[0].controller.qvel_index))
+        shape = (3, self._model.nv)
+        self._scratch = Scratch(np.zeros(shape), np.zeros(shape), np.zeros((self._model.nv, self._model.nv)))
+        self._plant = self._make_plant()
 
-    def step(self, action: np.ndarray, clock: SampleClock) -> tuple[np.ndarray, np.ndarray]:
-        """Apply ``action`` (float[7]) for one control period.
-
-        Returns:
-            ``(sample_qpos, sample)``: the joint positions float64[nq] whose kinematics the cameras see at the moment
-            of sampling, and the proprioception float64[9] sampled then (position 3, quaternion xyzw 4, gripper 2).
+    def step(self, action: np.ndarray, clock: SampleClock) -> Sample:
+        """Apply ``action`` (float[7]) for one control period and return what was sampled.
 
         Raises:
-            SimulationDiverged: when velocities are not finite afterwards.
+            SimulationDiverged: when accelerations are not finite.
         """
-        env, model, data = self._env, self._model, self._data
-        robot = env.robots[0]
+        env, robot = self._env, self._env.robots[0]
         controller = robot.controller
-        torque_low, torque_high = robot.torque_limits
-        arm_action, gripper_action = action[: controller.control_dim], action[controller.control_dim :]
-        sampled: tuple[np.ndarray, np.ndarray] | None = None
-        for substep in range(self._substeps):
-            mujoco.mj_forward(model, data)
-            # A new controller has measured the robot already (before any initial state was restored): stock robosuite
-            # keeps that stale measurement for the first substep, so it must be kept here.
-            if controller.new_update:
-                self._update_controller(controller)
-            if substep == 0:
-                controller.set_goal(arm_action)
-            robot.torques = np.clip(controller.run_controller(), torque_low, torque_high)
-            robot.grip_action(gripper=robot.gripper, gripper_action=gripper_action)
-            data.ctrl[robot._ref_joint_actuator_indexes] = robot.torques
-            sampling = clock.tick(env.model_timestep)
-            # The step below integrates after it computed positions: a camera sees the joint positions from before it.
-            seen = data.qpos.copy() if sampling else None
-            mujoco.mj_forwardSkip(model, data, _SKIP_POS_VEL, 1)
-            if not np.abs(data.qacc).max() < _MAX_ACCELERATION:
-                raise SimulationDiverged(f"acceleration {np.abs(data.qacc).max():.3g} at time {data.time:.3f} s")
-            mujoco.mj_Euler(model, data)
-            if seen is not None:
-                sampled = seen, self.proprioception()
+        ticks = [clock.tick(env.model_timestep) for _ in range(self._substeps)]
+        if not any(ticks):
+            raise RuntimeError("no observation was sampled in a whole control step; the sampling clock is out of phase")
+        # A new controller has measured the robot already (before any initial state was restored): stock robosuite
+        # keeps that stale measurement for the first substep, so it must be kept here.
+        if not controller.new_update:
+            for name in Measurement._fields:
+                getattr(self._measured, name)[:] = getattr(controller, name)
+        begin(self._plant, self._measured, self._scratch, controller.new_update)
+        controller.new_update = False
+        controller.ee_pos, controller.ee_ori_mat = self._measured.ee_pos, self._measured.ee_ori_mat
+        controller.set_goal(action[: controller.control_dim])
+        goal = Goal(controller.goal_pos, controller.goal_ori, controller.kp, controller.kd, controller.initial_joint)
+        sample = self._new_sample()
+        gripper = np.zeros(2) + robot.gripper.current_action  # one number until it first moves
+        finite, robot.torques = run(
+            self._plant,
+            self._measured,
+            self._scratch,
+            goal,
+            gripper,
+            float(np.sign(action[-1])),
+            sample,
+            len(ticks) - 1 - ticks[::-1].index(True),
+            self._substeps,
+        )
+        if not finite:
+            raise SimulationDiverged(f"acceleration {np.abs(self._data.qacc).max():.3g} at {self._data.time:.3f} s")
+        robot.gripper.current_action = gripper
+        controller.new_update = True
         env.timestep += 1
         env.cur_time += env.control_timestep
-        if sampled is None:
-            raise RuntimeError("no observation was sampled in a whole control step; the sampling clock is out of phase")
-        return sampled
+        return sample
 
-    def proprioception(self) -> np.ndarray:
-        """End-effector position (m), its quaternion (xyzw) and both finger positions (m): float64[9], as robosuite."""
-        robot, data = self._env.robots[0], self._data
-        quat = data.xquat[self._env.sim.model.body_name2id(robot.robot_model.eef_name)]
-        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
-        return np.concatenate([data.site_xpos[robot.eef_site_id], quat[[1, 2, 3, 0]], fingers])
+    def observe(self) -> Sample:
+        """A sample of the present state, as after a reset: float arrays of its own."""
+        qpos = self._data.qpos.copy()
+        return Sample(qpos, qpos, self._data.qvel.copy(), self._plant.site_pos.copy(), self._plant.hand_quat.copy())
 
-    def _update_controller(self, controller: Any) -> None:
-        """`Controller.update` with the position and velocity stages skipped and both Jacobians from one call."""
-        model, data = self._model, self._data
-        mujoco.mj_forwardSkip(model, data, _SKIP_POS_VEL, 1)
-        site = self._env.robots[0].eef_site_id
-        controller.ee_pos = np.array(data.site_xpos[site])
-        controller.ee_ori_mat = np.array(data.site_xmat[site].reshape([3, 3]))
-        mujoco.mj_jacSite(model, data, self._jac_pos, self._jac_rot, site)
-        controller.ee_pos_vel = np.dot(self._jac_pos, data.qvel)
-        controller.ee_ori_vel = np.dot(self._jac_rot, data.qvel)
-        controller.joint_pos = np.array(data.qpos[controller.qpos_index])
-        controller.joint_vel = np.array(data.qvel[controller.qvel_index])
-        controller.J_pos = np.array(self._jac_pos[:, controller.qvel_index])
-        controller.J_ori = np.array(self._jac_rot[:, controller.qvel_index])
-        controller.J_full = np.array(np.vstack([controller.J_pos, controller.J_ori]))
-        mujoco.mj_fullM(model, self._mass, data.qM)
-        controller.mass_matrix = self._mass[controller.qvel_index, :][:, controller.qvel_index]
-        controller.new_update = False
+    def _new_sample(self) -> Sample:
+        nq, nv = self._model.nq, self._model.nv
+        return Sample(np.empty(nq), np.empty(nq), np.empty(nv), np.empty(3), np.empty(4))
+
+    def _make_plant(self) -> Plant:
+        env, model, data = self._env, self._model, self._data
+        robot = env.robots[0]
+        site = env.sim.model.site_name2id(robot.controller.eef_name)
+        gripper = np.array([env.sim.model.actuator_name2id(name) for name in robot.gripper.actuators])
+        low, high = model.actuator_ctrlrange[gripper].T
+        torque_low, torque_high = robot.torque_limits
+        return Plant(
+            functions=function_addresses(),
+            model=model._address,
+            data=data._address,
+            site=np.int32(site),
+            site_pos=data.site_xpos[site],
+            site_mat=data.site_xmat[site],
+            hand_quat=data.xquat[env.sim.model.body_name2id(robot.robot_model.eef_name)],
+            qpos=data.qpos,
+            qvel=data.qvel,
+            qacc=data.qacc,
+            bias=data.qfrc_bias,
+            inertia=data.qM.ctypes.data,
+            ctrl=data.ctrl,
+            arm_qpos=np.array(robot.controller.qpos_index, dtype=np.int64),
+            arm_dofs=np.array(robot.controller.qvel_index, dtype=np.int64),
+            arm_actuators=np.array(robot._ref_joint_actuator_indexes, dtype=np.int64),
+            torque_low=np.array(torque_low),
+            torque_high=np.array(torque_high),
+            gripper_actuators=gripper.astype(np.int64),
+            gripper_bias=0.5 * (high + low),
+            gripper_weight=0.5 * (high - low),
+            gripper_direction=np.array([-1.0, 1.0]) * robot.gripper.speed,
+        )

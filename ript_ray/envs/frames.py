@@ -79,6 +79,9 @@ class FrameRenderer:
         if self._sim is None:
             from robosuite.utils.binding_utils import MjRenderContextOffscreen, MjSim
 
+            if not self._model.light_castshadow.any():
+                # MuJoCo reserves 64 MB for shadows, even where no light casts any.
+                self._model.vis.quality.shadowsize = 0
             self._sim = MjSim(self._model)
             context = MjRenderContextOffscreen(self._sim, device_id=-1)
             context.vopt.geomgroup[0] = 0

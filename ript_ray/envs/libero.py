@@ -16,9 +16,11 @@ from ript_ray.errors import UserError
 
 rendering.configure()
 
-from robosuite.utils.errors import RandomizationError  # noqa: E402  (the OpenGL backend must be chosen before)
+from robosuite.utils.binding_utils import MjSim  # noqa: E402  (the OpenGL backend must be chosen before)
+from robosuite.utils.errors import RandomizationError  # noqa: E402
 
 from ript_ray.envs.frames import CAMERAS, FrameRenderer, FrameTicket, LazyObservation, body_pose_of  # noqa: E402
+from ript_ray.envs.models import load_model  # noqa: E402
 from ript_ray.envs.physics import ControlStepper, SampleClock  # noqa: E402
 from ript_ray.envs.substeps import Sample  # noqa: E402
 
@@ -226,7 +228,10 @@ def _build(task: Task) -> Any:
     stock: Any = TASK_MAPPING[bddl.get_problem_info(str(task.bddl_file))["problem_name"]]
 
     def initialize_sim(self: Any, xml_string: str | None = None) -> None:
-        stock._initialize_sim(self, xml_string)
+        # As the stock method, but for the cache.
+        self.sim = MjSim(load_model(xml_string or self.model.get_xml()))
+        self.sim.forward()
+        self.initialize_time(self.control_freq)
         model = self.sim.model._model
         self.compiled_fields = {name: getattr(model, name).copy() for name in _MUTABLE_MODEL_FIELDS}
 

@@ -348,11 +348,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
     """Run one command with its configuration and return its result."""
-    from ript_ray.envs import find_task
+    from ript_ray.envs import check_name
 
     subjects = [word for word in settings if "=" not in word]
     config = load_config(config_file, [word for word in settings if "=" in word])
-    find_task(config.env.id)
+    check_name(config.env.id)
     if command == "bench":
         from benchmarks import run_benchmark
 

@@ -113,9 +113,9 @@ def make_trajectories(count: int, image_size: int) -> list[Trajectory]:
             states=rng.normal(size=(STEPS, 8)).astype(np.float32),
             frames=rng.integers(0, 256, (len(looks), 2, image_size, image_size, 3), dtype=np.uint8),
             frame_steps=looks,
-            qpos=rng.normal(size=(STEPS, 60)),
-            body_pose=rng.normal(size=(60, 7)),
-            site_alpha=np.zeros((STEPS, 60), dtype=np.float32),
+            tickets={"qpos": rng.normal(size=(STEPS, 60)), "site_alpha": np.zeros((STEPS, 60), dtype=np.float32)},
+            scene={"body_pose": rng.normal(size=(60, 7))},
+            state_hashes=np.arange(STEPS + 1, dtype=np.uint64),
             instruction="pick up the alphabet soup and place it in the basket",
         )
         for i in range(count)

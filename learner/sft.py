@@ -65,4 +65,7 @@ def new_policy(demos: list[Trajectory], windows: list[Window]) -> FlowPolicy:
     counted = batch.valid[..., None].float()
     mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)
     std = (((chunks - mean).square() * counted).sum(0) / counted.sum(0).clamp_min(1.0)).sqrt().clamp_min(0.05)
-    return FlowPolicy(FlowConfig(), transform, mean, std)
+    sizes = FlowConfig(
+        action_dim=batch.actions.shape[2], state_dim=batch.states.shape[1], cameras=batch.frames.shape[1]
+    )
+    return FlowPolicy(sizes, transform, mean, std)

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ript_ray.envs.frames import CAMERAS, FrameTicket, LazyObservation
-from ript_ray.envs.libero import LiberoEnv
+from ript_ray.envs.world import LazyObservation, World
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.types import Context, Trajectory
 
@@ -18,35 +17,36 @@ from ript_ray.types import Context, Trajectory
 class Recorder:
     """Collects what happens in one episode and makes a `Trajectory` of it."""
 
-    def __init__(self, env: LiberoEnv, context: Context) -> None:
+    def __init__(self, env: World, context: Context) -> None:
         self._env = env
         self._context = context
-        self._columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("actions", "labels", "states", "frames", "qpos", "site_alpha")
-        }
+        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in ("actions", "labels", "states", "frames")}
+        self._tickets: dict[str, list[np.ndarray]] = {}
+        self._scene = dict(env.scene())
+        self._hashes: list[int] = []
         self._frame_steps: list[int] = []
-        self._body_pose: np.ndarray | None = None
         self._started = env.physics_seconds, env.render_seconds
         self.inference_seconds = 0.0
         """Time the policy took; the caller adds to it."""
 
     def look(self, observation: LazyObservation) -> np.ndarray:
-        """Render both cameras before the coming step and keep the frames: uint8[2, H, W, 3]."""
-        frames = np.stack([observation[camera] for camera in CAMERAS])
+        """Render all cameras before the coming step and keep the frames: uint8[C, H, W, 3]."""
+        frames = np.stack([observation[camera] for camera in self._env.cameras])
         self._columns["frames"].append(frames)
         self._frame_steps.append(len(self._columns["actions"]))
         return frames
 
     def add(self, observation: LazyObservation, action: np.ndarray, label: np.ndarray | None = None) -> None:
         """Record one step: what was seen before it and what was done."""
-        columns, ticket = self._columns, observation.ticket
+        columns = self._columns
+        self._hashes.append(self._env.state_hash())
         columns["states"].append(observation["state"])
-        columns["qpos"].append(ticket.qpos)
-        columns["site_alpha"].append(ticket.site_alpha)
+        for name, value in observation.ticket.items():
+            if name not in self._scene:
+                self._tickets.setdefault(name, []).append(value)
         columns["actions"].append(np.asarray(action, dtype=np.float32))
         if label is not None:
             columns["labels"].append(np.asarray(label, dtype=np.float32))
-        self._body_pose = ticket.body_pose
 
     def finish(self, success: bool, policy_version: int) -> Trajectory:
         """The whole episode."""
@@ -56,9 +56,11 @@ class Recorder:
             context=self._context,
             policy_version=policy_version,
             success=success,
-            instruction=self._env.task.instruction,
+            instruction=self._env.instruction,
             frame_steps=np.array(self._frame_steps, dtype=np.int32),
-            body_pose=self._body_pose if self._body_pose is not None else np.zeros((0, 7)),
+            tickets={name: np.stack(rows) for name, rows in self._tickets.items()},
+            scene=self._scene,
+            state_hashes=np.array([*self._hashes, self._env.state_hash()], dtype=np.uint64),
             seconds={
                 "physics": self._env.physics_seconds - physics,
                 "render": self._env.render_seconds - render,
@@ -69,7 +71,7 @@ class Recorder:
 
 
 def play(
-    env: LiberoEnv,
+    env: World,
     policy: FlowPolicy,
     context: Context,
     *,
@@ -94,7 +96,7 @@ def play(
         started = time.perf_counter()
         state = torch.from_numpy(observation["state"])[None].to(device)
         noise = torch.randn(shape, generator=generator).to(device)
-        chunk = policy.act(frames, state, [env.task.instruction], noise, guidance, denoise_steps)
+        chunk = policy.act(frames, state, [env.instruction], noise, guidance, denoise_steps)
         actions = chunk[0, :execute].clamp(-1.0, 1.0).cpu().numpy()
         recorder.inference_seconds += time.perf_counter() - started
         for action in actions:
@@ -106,7 +108,7 @@ def play(
     return recorder.finish(success, policy_version)
 
 
-def render_missing(env: LiberoEnv, trajectory: Trajectory) -> Trajectory:
+def render_missing(env: World, trajectory: Trajectory) -> Trajectory:
     """The same trajectory with a frame before every step, byte-identical to what the policy would have seen there."""
     seen = {int(step): frames for step, frames in zip(trajectory.frame_steps, trajectory.frames, strict=True)}
     before = env.render_seconds
@@ -115,7 +117,7 @@ def render_missing(env: LiberoEnv, trajectory: Trajectory) -> Trajectory:
         if step in seen:
             frames.append(seen[step])
         else:
-            frames.append(np.stack([env.render_ticket(_ticket(trajectory, step), camera) for camera in CAMERAS]))
+            frames.append(np.stack([env.render_ticket(trajectory.ticket(step), camera) for camera in env.cameras]))
     return replace(
         trajectory,
         frames=np.stack(frames),
@@ -124,12 +126,8 @@ def render_missing(env: LiberoEnv, trajectory: Trajectory) -> Trajectory:
     )
 
 
-def film(env: LiberoEnv, trajectory: Trajectory, every: int, size: int) -> np.ndarray:
-    """The upright third-person view before every ``every``-th step: uint8[n, size, size, 3]."""
+def film(env: World, trajectory: Trajectory, every: int, size: int) -> np.ndarray:
+    """The first camera's view before every ``every``-th step, upright: uint8[n, size, size, 3]."""
     steps = range(0, len(trajectory), every)
-    frames = [env.render_ticket(_ticket(trajectory, step), "agentview", size) for step in steps]
-    return np.stack(frames)[:, :, ::-1]
-
-
-def _ticket(trajectory: Trajectory, step: int) -> FrameTicket:
-    return FrameTicket(trajectory.qpos[step], trajectory.body_pose, trajectory.site_alpha[step])
+    frames = np.stack([env.render_ticket(trajectory.ticket(step), env.cameras[0], size) for step in steps])
+    return frames[:, :, ::-1] if env.frames_are_mirrored else frames

@@ -29,21 +29,21 @@ class Trajectory:
     """Weights version that acted, 0 for the starting policy, −1 for a scripted expert."""
     success: bool
     actions: np.ndarray
-    """What was executed, in the environment's units: float32[L, 7]."""
+    """What was executed, in the environment's units: float32[L, A], for arms A = 7."""
     labels: np.ndarray | None = None
-    """What to imitate where it differs from what was executed (an expert's clean actions): float32[L, 7]."""
+    """What to imitate where it differs from what was executed (an expert's clean actions): float32[L, A]."""
     states: np.ndarray
-    """Proprioception before each action: float32[L, 8]."""
+    """Proprioception before each action: float32[L, S], for arms S = 8."""
     frames: np.ndarray
-    """Rendered frames, both cameras (agentview, wrist): uint8[n, 2, H, W, 3]."""
+    """Rendered frames of all C cameras (agentview and wrist for arms): uint8[n, C, H, W, 3]."""
     frame_steps: np.ndarray
     """The step before which each frame was seen, ascending: int32[n]."""
-    qpos: np.ndarray
-    """Frame tickets: joint positions the cameras would have seen before each action: float64[L, nq]."""
-    body_pose: np.ndarray
-    """Frame tickets: body poses, constant over the episode: float64[nbody, 7]."""
-    site_alpha: np.ndarray
-    """Frame tickets: opacity of sites before each action: float32[L, nsite]."""
+    tickets: dict[str, np.ndarray]
+    """What the frames before each action depend on, by name (see `ript_ray.envs.world.Ticket`): [L, …]."""
+    scene: dict[str, np.ndarray]
+    """What they all depend on, by name: constant over the episode."""
+    state_hashes: np.ndarray
+    """Fingerprint of the simulator before each action and at the end: uint64[L + 1]."""
     instruction: str
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time spent in ``physics``, ``render`` and ``inference``."""
@@ -59,8 +59,13 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Raw bytes of all arrays."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+        values = [getattr(self, f.name) for f in fields(self)]
+        arrays = [*values, *self.tickets.values(), *self.scene.values()]
+        return sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
+
+    def ticket(self, step: int) -> dict[str, np.ndarray]:
+        """All that the frames before ``step`` depend on."""
+        return {name: rows[step] for name, rows in self.tickets.items()} | self.scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,11 @@ class Batch:
     """B windows, gathered for one micro-batch."""
 
     frames: torch.Tensor
-    """uint8[B, 2, H, W, 3]"""
+    """uint8[B, C, H, W, 3]"""
     states: torch.Tensor
-    """float32[B, 8]"""
+    """float32[B, S]"""
     actions: torch.Tensor
-    """float32[B, 50, 7], in the environment's units."""
+    """float32[B, 50, A], in the environment's units."""
     valid: torch.Tensor
     """bool[B, 50]: False where the trajectory had ended (padding)."""
     advantages: torch.Tensor

@@ -31,9 +31,9 @@ def make_trajectory(length: int = 60, success: bool = True, version: int = 0, se
         states=rng.normal(size=(length, 8)).astype(np.float32),
         frames=rng.integers(0, 256, (len(looks), 2, 32, 32, 3), dtype=np.uint8),
         frame_steps=looks,
-        qpos=rng.normal(size=(length, 9)),
-        body_pose=rng.normal(size=(4, 7)),
-        site_alpha=np.zeros((length, 3), dtype=np.float32),
+        tickets={"qpos": rng.normal(size=(length, 9)), "site_alpha": np.zeros((length, 3), dtype=np.float32)},
+        scene={"body_pose": rng.normal(size=(4, 7))},
+        state_hashes=np.arange(length + 1, dtype=np.uint64),
         instruction=INSTRUCTION,
         seconds={"physics": 0.1, "render": 0.1, "inference": 0.1},
     )

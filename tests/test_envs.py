@@ -121,7 +121,7 @@ def test_frames_are_rendered_only_when_read_and_only_once(env) -> None:  # noqa:
 
 def test_episodes_repeat_and_depend_on_seed_and_state(env) -> None:  # noqa: ANN001
     state = [
-        env.reset(seed=s, options=o)[0].ticket.qpos for s, o in ((1, {}), (1, {}), (2, {}), (1, {"init_state": 3}))
+        env.reset(seed=s, options=o)[0].ticket["qpos"] for s, o in ((1, {}), (1, {}), (2, {}), (1, {"init_state": 3}))
     ]
     np.testing.assert_array_equal(state[0], state[1])
     assert not np.array_equal(state[0], state[2])
@@ -160,7 +160,7 @@ def test_the_expert_succeeds_and_frames_can_be_completed_later(env) -> None:  # 
     assert not np.array_equal(demo.labels, demo.actions)
     few = demo.frame_steps.copy()
     short = demo
-    for name in ("actions", "labels", "states", "qpos", "site_alpha"):
+    for name in ("actions", "labels", "states"):
         setattr(short, name, getattr(demo, name)[:45])
     short.frames, short.frame_steps = demo.frames[:2], few[:2]
     complete = render_missing(env, short)

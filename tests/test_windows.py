@@ -65,7 +65,7 @@ def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
     save_trajectories(tmp_path / "t.safetensors", made, {"note": "x"})
     for before, after in zip(made, load_trajectories(tmp_path / "t.safetensors"), strict=True):
         assert (before.context, before.success, before.instruction) == (after.context, after.success, after.instruction)
-        for name in ("actions", "states", "frames", "frame_steps", "qpos", "labels"):
+        for name in ("actions", "states", "frames", "frame_steps", "state_hashes", "labels"):
             a, b = getattr(before, name), getattr(after, name)
             assert (a is None) == (b is None)
             if a is not None:

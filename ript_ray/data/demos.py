@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ript_ray.config import DemosConfig
-from ript_ray.data.expert import PickPlaceExpert
-from ript_ray.envs.libero import LiberoEnv
+from ript_ray.data.expert import find_expert
+from ript_ray.envs.world import World
 from ript_ray.rollout import Recorder
 from ript_ray.types import Context, Trajectory
 
@@ -16,7 +16,7 @@ _LINGER_STEPS = 25
 """Steps recorded after the gripper has opened, for a demonstration that does not end in success."""
 
 
-def demonstrate(env: LiberoEnv, context: Context, config: DemosConfig) -> Trajectory:
+def demonstrate(env: World, context: Context, config: DemosConfig) -> Trajectory:
     """One demonstration. Executed actions are disturbed for variety; the labels are the expert's clean answers to the
     states that the disturbance led to (Laskey et al. 2017, DART).
     """
@@ -24,18 +24,18 @@ def demonstrate(env: LiberoEnv, context: Context, config: DemosConfig) -> Trajec
     rng = np.random.default_rng(context.seed)
     angle = rng.uniform(0.0, 2 * np.pi)
     miss = config.grasp_error if rng.random() < config.clumsy else 0.0
-    expert = PickPlaceExpert(env, grasp_error=miss * np.array([np.cos(angle), np.sin(angle)]))
+    expert = find_expert(env, grasp_error=miss * np.array([np.cos(angle), np.sin(angle)]))
     recorder = Recorder(env, context)
-    noise = np.zeros(3)
+    noise = np.zeros(min(3, env.action_dim))  # of an arm, its position
     success = truncated = False
     lingered = 0
     while not success and not truncated and lingered < _LINGER_STEPS:
         if (env.elapsed_steps % config.frame_every) == 0:
             recorder.look(observation)
         label = expert.act()
-        noise = _SMOOTHING * noise + np.sqrt(1 - _SMOOTHING**2) * rng.normal(0.0, config.noise, size=3)
+        noise = _SMOOTHING * noise + np.sqrt(1 - _SMOOTHING**2) * rng.normal(0.0, config.noise, size=len(noise))
         action = label.copy()
-        action[:3] = np.clip(action[:3] + noise, -1.0, 1.0)
+        action[: len(noise)] = np.clip(action[: len(noise)] + noise, -1.0, 1.0)
         recorder.add(observation, action, label)
         observation, _, success, truncated, _ = env.step(action)
         lingered += expert.phase == "release"

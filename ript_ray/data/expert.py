@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from ript_ray.envs.libero import LiberoEnv
+from ript_ray.envs.world import World
 from ript_ray.errors import UserError
 
 _OPEN, _CLOSE = -1.0, 1.0
@@ -36,6 +38,50 @@ _PHASES = (
 )
 
 
+class Expert(Protocol):
+    """Who knows what to do in an environment."""
+
+    @property
+    def phase(self) -> str:
+        """Name of what it is doing; ``release`` when nothing is left to do."""
+        ...
+
+    def act(self) -> np.ndarray:
+        """The clean action for the present state: float32[action_dim] in [−1, 1]."""
+        ...
+
+
+def find_expert(env: World, grasp_error: np.ndarray) -> Expert:
+    """The expert of an environment that has been reset.
+
+    Args:
+        env: a LIBERO task, or a gymnasium environment with a method ``expert_action()``.
+        grasp_error: see `PickPlaceExpert`.
+
+    Raises:
+        UserError: when there is none.
+    """
+    own = getattr(env, "expert", None)
+    if own is not None:
+        return _OwnExpert(env, own)
+    if not hasattr(getattr(env, "simulation", None), "parsed_problem"):
+        raise UserError(
+            f"env.id={env.id!r}: there is no scripted expert for it; give the environment a method expert_action(), or "
+            "use demonstrations from elsewhere"
+        )
+    return PickPlaceExpert(env, grasp_error)
+
+
+class _OwnExpert:
+    phase = "act"
+
+    def __init__(self, env: Any, action: Callable[[], np.ndarray]) -> None:
+        self._env, self._action = env, action
+
+    def act(self) -> np.ndarray:
+        return np.asarray(self._env.to_policy_units(self._action()))
+
+
 class PickPlaceExpert:
     """Picks the goal's object up and puts it into or onto the goal's target.
 
@@ -49,12 +95,12 @@ class PickPlaceExpert:
         UserError: for tasks whose goal is not a single "put A in or on B".
     """
 
-    def __init__(self, env: LiberoEnv, grasp_error: np.ndarray) -> None:
+    def __init__(self, env: Any, grasp_error: np.ndarray) -> None:
         self._sim_env = env.simulation
         goal = self._sim_env.parsed_problem["goal_state"]
         if len(goal) != 1 or goal[0][0] not in ("in", "on") or goal[0][1] not in self._sim_env.objects_dict:
             raise UserError(
-                f"env.id={env.task.id!r}: the scripted expert only moves one object into or onto another, the goal here"
+                f"env.id={env.id!r}: the scripted expert only moves one object into or onto another, the goal here"
                 f" is {goal}; try libero_object/0 to libero_object/9"
             )
         _, self._object, self._target = goal[0]

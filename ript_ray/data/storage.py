@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,8 @@ from safetensors.numpy import save_file
 from ript_ray.errors import UserError
 from ript_ray.types import Context, Trajectory
 
-_ARRAYS = ("actions", "labels", "states", "frames", "frame_steps", "qpos", "body_pose", "site_alpha")
+_ARRAYS = ("actions", "labels", "states", "frames", "frame_steps", "state_hashes")
+_GROUPS = ("tickets", "scene")
 
 
 def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dict[str, object]) -> None:
@@ -26,7 +28,10 @@ def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dic
             value = getattr(trajectory, name)
             if value is not None:
                 tensors[f"{i}.{name}"] = np.ascontiguousarray(value)
-        plain = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name not in _ARRAYS}
+        for group in _GROUPS:
+            for name, value in getattr(trajectory, group).items():
+                tensors[f"{i}.{group}.{name}"] = np.ascontiguousarray(value)
+        plain = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name not in _ARRAYS + _GROUPS}
         records.append(plain | {"context": asdict(trajectory.context)})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"trajectories": json.dumps(records), "about": json.dumps(about)})
@@ -52,5 +57,9 @@ def load_trajectories(path: Path) -> list[Trajectory]:
         loaded = []
         for i, record in enumerate(json.loads(metadata["trajectories"])):
             arrays = {n: file.get_tensor(f"{i}.{n}") if f"{i}.{n}" in present else None for n in _ARRAYS}
-            loaded.append(Trajectory(**(record | {"context": Context(**record["context"])} | arrays)))
+            groups: dict[str, Any] = {
+                g: {n.split(".")[2]: file.get_tensor(n) for n in present if n.startswith(f"{i}.{g}.")} for g in _GROUPS
+            }
+            context = Context(**record["context"])
+            loaded.append(Trajectory(**(record | {"context": context} | arrays | groups)))
     return loaded

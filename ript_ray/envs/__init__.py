@@ -1,30 +1,53 @@
-"""Environments by name: ``make("libero_object/0")``."""
+"""Environments by name: ``make("libero_object/0")``, ``make("robosuite/Lift")``, ``make("gymnasium/…")``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from ript_ray.envs.tasks import MAX_STEPS, all_task_ids, find_task
+from ript_ray.envs.world import World
+from ript_ray.errors import UserError, nearest
 
-from ript_ray.envs.tasks import all_task_ids, find_task
+__all__ = ["World", "all_task_ids", "check_name", "find_task", "make"]
 
-if TYPE_CHECKING:
-    from ript_ray.envs.libero import LiberoEnv
-
-__all__ = ["all_task_ids", "find_task", "make"]
+_FAMILIES = (*MAX_STEPS, "robosuite", "gymnasium")
 
 
-def make(env_id: str, image_size: int = 128, max_steps: int | None = None) -> LiberoEnv:
-    """Make a LIBERO environment.
+def make(env_id: str, image_size: int = 128, max_steps: int | None = None) -> World:
+    """Make an environment.
 
     Args:
-        env_id: ``suite/index`` or ``suite/name``; see `all_task_ids`.
+        env_id: ``suite/index`` or ``suite/name`` of a LIBERO suite (see `all_task_ids`), ``robosuite/Task``, or
+            ``gymnasium/Id`` for anything registered with gymnasium.
         image_size: height and width of the camera frames in pixels.
-        max_steps: step limit; the suite's official one by default.
+        max_steps: step limit; the task's own by default.
 
     Raises:
         UserError: for an unknown name, with the nearest valid one.
     """
-    task = find_task(env_id)
+    check_name(env_id)
+    family, _, name = env_id.partition("/")
     # Imported late: the simulator takes seconds to import, and most users of this package do not need it.
+    if family == "gymnasium":
+        from ript_ray.envs.gymnasium_world import GymnasiumWorld
+
+        return GymnasiumWorld(name, image_size, max_steps)
+    if family == "robosuite":
+        from ript_ray.envs.robosuite_tasks import RobosuiteEnv
+
+        return RobosuiteEnv(name, image_size, max_steps)
     from ript_ray.envs.libero import LiberoEnv
 
-    return LiberoEnv(task, image_size=image_size, max_steps=max_steps)
+    return LiberoEnv(find_task(env_id), image_size, max_steps)
+
+
+def check_name(env_id: str) -> None:
+    """Raise `UserError` for a name that `make` cannot know; gymnasium's own are checked when they are made."""
+    family, _, name = env_id.partition("/")
+    if family not in _FAMILIES:
+        raise UserError(f"env.id={env_id!r}: unknown suite {family!r}; {nearest(family, _FAMILIES)}")
+    if family == "robosuite":
+        from ript_ray.envs.tasks import ROBOSUITE_TASKS
+
+        if name not in ROBOSUITE_TASKS:
+            raise UserError(f"env.id={env_id!r}: unknown task {name!r}; {nearest(name, ROBOSUITE_TASKS)}")
+    elif family != "gymnasium":
+        find_task(env_id)

@@ -1,29 +1,22 @@
-"""Frames on demand: what a camera would see is kept as a ticket and rendered only when somebody reads it."""
+"""Frames of MuJoCo models from tickets.
+
+A ticket holds ``qpos`` (joint positions whose kinematics the cameras see, float64[nq]), ``site_alpha`` (opacity of
+every site, float32[nsite]: a stove that is on shows one) and ``body_pose`` (position and quaternion of every body in
+its parent, float64[nbody, 7]: fixtures are placed there, not in qpos).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, ItemsView, ValuesView
-from dataclasses import dataclass
 from typing import Any
 
 import mujoco
 import numpy as np
 
+from ript_ray.envs.world import Ticket
+
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Observation key → camera name in the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class FrameTicket:
-    """All that a picture depends on. Two equal tickets give equal bytes, in any process with the same model."""
-
-    qpos: np.ndarray
-    """Joint positions whose kinematics the camera sees, float64[nq]."""
-    body_pose: np.ndarray
-    """Position and quaternion of every body in its parent, float64[nbody, 7]: fixtures are placed here, not in qpos."""
-    site_alpha: np.ndarray
-    """Opacity of every site, float32[nsite]: a stove that is on shows one."""
 
 
 class FrameRenderer:
@@ -43,7 +36,7 @@ class FrameRenderer:
         self.frames = 0
         """Frames rendered so far."""
 
-    def render(self, ticket: FrameTicket, camera: str, size: int | None = None) -> np.ndarray:
+    def render(self, ticket: Ticket, camera: str, size: int | None = None) -> np.ndarray:
         """The frame of ``camera`` (a key of `CAMERAS`): uint8[size, size, 3], rotated by 180° as policies expect."""
         size = size or self._size
         started = time.perf_counter()
@@ -51,8 +44,8 @@ class FrameRenderer:
         model = self._model
         keep = body_pose_of(model), model.site_rgba[:, 3].copy()
         try:
-            _apply(model, ticket.body_pose, ticket.site_alpha)
-            sim.data.qpos[:] = ticket.qpos
+            _apply(model, ticket["body_pose"], ticket["site_alpha"])
+            sim.data.qpos[:] = ticket["qpos"]
             mujoco.mj_kinematics(model, sim.data._data)
             mujoco.mj_comPos(model, sim.data._data)
             mujoco.mj_camlight(model, sim.data._data)
@@ -98,40 +91,3 @@ def _apply(model: Any, body_pose: np.ndarray, site_alpha: np.ndarray) -> None:
     model.body_pos[:] = body_pose[:, :3]
     model.body_quat[:] = body_pose[:, 3:]
     model.site_rgba[:, 3] = site_alpha
-
-
-class LazyObservation(dict[str, Any]):
-    """An observation dictionary whose camera frames are rendered at first reading and then kept.
-
-    Pickling renders, so that what arrives elsewhere is complete.
-    """
-
-    def __init__(
-        self, values: dict[str, Any], ticket: FrameTicket, render: Callable[[FrameTicket, str], np.ndarray]
-    ) -> None:
-        super().__init__({key: None for key in CAMERAS} | values)
-        self.ticket = ticket
-        self._render = render
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if value is None and key in CAMERAS:
-            value = self._render(self.ticket, key)
-            self[key] = value
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401  (dict.get would not render)
-
-    def rendered(self) -> dict[str, Any]:
-        """A plain dictionary with all frames."""
-        return {key: self[key] for key in self}
-
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        return self.rendered().values()
-
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        return self.rendered().items()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self.rendered(),)

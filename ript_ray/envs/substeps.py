@@ -85,11 +85,17 @@ class Measurement(NamedTuple):
     @classmethod
     def empty(cls, joints: int) -> Measurement:
         """Buffers for an arm of so many joints."""
-        vector, square = np.zeros(3), np.zeros((3, 3))
-        jacobian = [np.zeros((rows, joints), order="F") for rows in (3, 3, 6)]
-        mass = np.zeros((joints, joints), order="F")
         return cls(
-            vector, square, vector.copy(), vector.copy(), np.zeros(joints), np.zeros(joints), *jacobian, mass
+            ee_pos=np.zeros(3),
+            ee_ori_mat=np.zeros((3, 3)),
+            ee_pos_vel=np.zeros(3),
+            ee_ori_vel=np.zeros(3),
+            joint_pos=np.zeros(joints),
+            joint_vel=np.zeros(joints),
+            J_pos=np.zeros((3, joints), order="F"),
+            J_ori=np.zeros((3, joints), order="F"),
+            J_full=np.zeros((6, joints), order="F"),
+            mass_matrix=np.zeros((joints, joints), order="F"),
         )
 
 
@@ -132,20 +138,22 @@ def function_addresses() -> np.ndarray:
     return np.array(addresses, dtype=np.int64)
 
 
-@intrinsic
-def _call(typing_context: Any, address: Any, arguments: Any) -> Any:
+def _call_address(typing_context: Any, address: Any, arguments: Any) -> Any:
     """Call the C function at ``address``, which returns nothing, with addresses (int64) and integers (int32).
 
     The address is a value and not a constant, so that numba can keep the compiled code on disk.
     """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        parts = cgutils.unpack_tuple(builder, values[1])
+        parts = cgutils.unpack_tuple(builder, values[1])  # type: ignore[no-untyped-call]
         kind = ir.FunctionType(ir.VoidType(), [part.type for part in parts])
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), parts)
         return context.get_dummy_value()
 
     return types.void(address, arguments), generate
+
+
+_call: Any = intrinsic(_call_address)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -162,9 +170,7 @@ def begin(plant: Plant, measured: Measurement, scratch: Scratch, refine: bool) -
     measured.ee_pos[:] = plant.site_pos
     measured.ee_ori_mat[:] = plant.site_mat.reshape((3, 3))
     jac_pos, jac_rot = scratch.jac_pos, scratch.jac_rot
-    _call(
-        plant.functions[_JACOBIAN], (plant.model, plant.data, jac_pos.ctypes.data, jac_rot.ctypes.data, plant.site)
-    )
+    _call(plant.functions[_JACOBIAN], (plant.model, plant.data, jac_pos.ctypes.data, jac_rot.ctypes.data, plant.site))
     measured.ee_pos_vel[:] = np.dot(jac_pos, plant.qvel)
     measured.ee_ori_vel[:] = np.dot(jac_rot, plant.qvel)
     _call(plant.functions[_FULL_MASS], (plant.model, scratch.mass.ctypes.data, plant.inertia))
@@ -197,7 +203,7 @@ def _torques(m: Measurement, goal: Goal, bias: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def run(  # noqa: PLR0913
+def run(
     plant: Plant,
     measured: Measurement,
     scratch: Scratch,

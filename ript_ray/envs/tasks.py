@@ -1,4 +1,4 @@
-"""The 130 LIBERO tasks by name: instruction, goal file, official initial states and step limit."""
+"""Tasks by name: LIBERO's 130 with goal file, official initial states and step limit, and robosuite's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from ript_ray.errors import UserError, nearest
 
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Step limits of the official evaluation protocol, in control steps of 50 ms."""
+
+ROBOSUITE_TASKS = {
+    "Lift": "lift the cube",
+    "Stack": "stack the red cube on the green cube",
+    "NutAssemblySquare": "put the square nut on the square peg",
+    "NutAssemblyRound": "put the round nut on the round peg",
+    "PickPlaceCan": "put the can into its bin",
+    "PickPlaceMilk": "put the milk into its bin",
+    "PickPlaceBread": "put the bread into its bin",
+    "PickPlaceCereal": "put the cereal into its bin",
+    "Door": "open the door",
+}
+"""Robosuite's tasks for one arm, with an instruction for each, which robosuite has none of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A small flow-matching policy: pixels of two cameras, state and instruction → a chunk of 50 actions. Runs on a CPU.
+"""A small flow-matching policy: pixels of the cameras, state and instruction → a chunk of 50 actions. Runs on a CPU.
 
 Conventions follow π0: t = 1 is noise, x_t = t·ε + (1 − t)·a, the velocity target is ε − a, and sampling integrates
 from t = 1 to t = 0 with Euler steps. A condition c ∈ {0, 1} serves classifier-free guidance (c = 1: "good").
@@ -27,6 +27,7 @@ class FlowConfig:
     horizon: int = 50
     action_dim: int = 7
     state_dim: int = 8
+    cameras: int = 2
     channels: int = 32
     context: int = 256
     width: int = 384
@@ -54,10 +55,12 @@ class FlowPolicy(nn.Module):
         self.transform = transform
         self.register_buffer("chunk_mean", chunk_mean)
         self.register_buffer("chunk_std", chunk_std)
-        self.cameras = nn.ModuleList(_CameraEncoder(config.channels, transform.image_size) for _ in range(2))
+        self.cameras = nn.ModuleList(
+            _CameraEncoder(config.channels, transform.image_size) for _ in range(config.cameras)
+        )
         self.words = nn.EmbeddingBag(transform.vocabulary + 1, 32, padding_idx=transform.vocabulary)
         self.state = nn.Sequential(nn.Linear(config.state_dim, 64), nn.SiLU(), nn.Linear(64, 64), nn.LayerNorm(64))
-        features = 2 * CAMERA_FEATURES + 64 + 32
+        features = config.cameras * CAMERA_FEATURES + 64 + 32
         self.context = nn.Sequential(
             nn.Linear(features, config.context), nn.SiLU(), nn.Linear(config.context, config.context)
         )
@@ -71,7 +74,7 @@ class FlowPolicy(nn.Module):
         nn.init.zeros_(self.project_out.bias)
 
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
-        """Observation features, once per look: uint8[B, 2, H, W, 3], float32[B, 8] → float32[B, context]."""
+        """Observation features, once per look: uint8[B, C, H, W, 3], float32[B, S] → float32[B, context]."""
         images = self.transform.encode_images(frames)
         words = self.transform.encode_instructions(instructions).to(states.device)
         words = torch.where(words < 0, self.transform.vocabulary, words)
@@ -140,8 +143,8 @@ class FlowPolicy(nn.Module):
         """Sample chunks of actions in the environment's units: float32[B, horizon, action_dim].
 
         Args:
-            frames: uint8[B, 2, H, W, 3].
-            states: float32[B, 8].
+            frames: uint8[B, C, H, W, 3].
+            states: float32[B, S].
             instructions: one per row.
             noise: where the integration starts, float32[B, horizon, action_dim]; not modified.
             guidance: w in v = v₀ + w(v₁ − v₀): 0 is the unconditional mode, 1 the conditional, more extrapolates.
@@ -170,7 +173,7 @@ def sample_time(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Augmentation: shift each row's frames (uint8[B, 2, H, W, 3]) by up to ``pixels``, repeating the border."""
+    """Augmentation: shift each row's frames (uint8[B, C, H, W, 3]) by up to ``pixels``, repeating the border."""
     if pixels == 0:
         return frames
     size = frames.shape[2]

@@ -17,10 +17,12 @@ from ript_ray.errors import UserError
 
 _EPS = 1e-6
 """Added to deviations, as openpi does."""
-_SMALLEST_STATE_STD = (0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01)
-"""Metres for position and fingers, radians for the axis-angle. A tabletop task hardly turns the hand: its angles are
-noise of a hundredth of a radian, which would otherwise be blown up to the size of everything else, and outliers to 16
-deviations."""
+_SMALLEST_STD = 0.01
+"""A dimension that hardly moves would be blown up by its tiny deviation."""
+_SMALLEST_ARM_STD = (0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01)
+"""Of an arm's state: metres for position and fingers, radians for the axis-angle. A tabletop task hardly turns the
+hand: its angles are noise of a hundredth of a radian, which would otherwise be blown up to the size of everything else,
+and outliers to 16 deviations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +46,31 @@ class Transform:
 
     @classmethod
     def fit(
-        cls, states: np.ndarray, actions: np.ndarray, image_size: int, relative: tuple[bool, ...] = (False,) * 7
+        cls, states: np.ndarray, actions: np.ndarray, image_size: int, relative: tuple[bool, ...] | None = None
     ) -> Transform:
         """Statistics of demonstrations.
 
         Args:
-            states: float[N, 8].
-            actions: float[N, 7], the action at the same step as each state.
+            states: float[N, S].
+            actions: float[N, A], the action at the same step as each state.
+            image_size: of the frames that belong to them.
+            relative: per action dimension, see the class; nowhere by default.
         """
+        relative = (False,) * actions.shape[1] if relative is None else relative
         mask = np.array(relative, dtype=actions.dtype)
         shifted = actions - mask * states[:, : actions.shape[1]]
-        # A dimension that never moves would be blown up by its tiny deviation: give it a floor.
+        floor = _SMALLEST_ARM_STD if states.shape[1] == len(_SMALLEST_ARM_STD) else _SMALLEST_STD
         return cls(
             state_mean=_floats(states.mean(0)),
-            state_std=_floats(states.std(0).clip(_SMALLEST_STATE_STD)),
+            state_std=_floats(states.std(0).clip(floor)),
             action_mean=_floats(shifted.mean(0)),
-            action_std=_floats(shifted.std(0).clip(1e-2)),
+            action_std=_floats(shifted.std(0).clip(_SMALLEST_STD)),
             relative=relative,
             image_size=image_size,
         )
 
     def encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8[B, 2, H, W, 3] → float32[B, 2, 3, H, W] in [−1, 1].
+        """uint8[B, C, H, W, 3] → float32[B, C, 3, H, W] in [−1, 1].
 
         Raises:
             UserError: when the frames have another size than the policy was trained on.
@@ -78,11 +83,11 @@ class Transform:
         return frames.movedim(-1, -3).float() / 127.5 - 1.0
 
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:
-        """float32[B, 8] in SI units → normalised."""
+        """float32[B, S] in SI units → normalised."""
         return (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + _EPS)
 
     def encode_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """float32[B, T, D] in the environment's units → normalised; ``state`` float32[B, 8] is the chunk's first."""
+        """float32[B, T, D] in the environment's units → normalised; ``state`` float32[B, S] is the chunk's first."""
         return (actions - self._base(actions, state) - actions.new_tensor(self.action_mean)) / self._scale(actions)
 
     def decode_actions(self, encoded: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -1,78 +1,186 @@
-"""One episode of this project's environment against the stock loop, in the same process."""
+"""This project's environment against the stock one: speed, memory, and whether anything differs."""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import statistics
+import tempfile
 import time
+from functools import partial
 from typing import Any
 
+import mujoco
 import numpy as np
 
+from benchmarks.stock import StockEnv, Trace, differences, play_ours, play_stock, random_actions, timed
 from ript_ray.config import Config
 from ript_ray.envs import find_task, make
 
 STEPS = 110
 CHUNK = 10
 SEED = 7
+INIT_STATE = 1
+COMPARED_STEPS = 60
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Seconds of one episode: reset, settle, 110 random steps, a look of both cameras every 10 steps.
+    """All figures of the environment ``env.id``, each beside the stock way's, measured in this run.
 
-    The stock loop renders every step and compiles the model at each reset, as every published wrapper does. Both play
-    the same actions from the same state and must end in the same joint positions.
+    An episode is reset, settle steps and 110 random steps; ours looks with both cameras every 10 (or every 2) steps,
+    the stock loop renders every step and compiles the model at each reset, as every published wrapper does.
     """
-    actions = np.random.default_rng(SEED).uniform(-1, 1, (STEPS, 7))
-    env = make(config.env.id, config.env.image_size, max_steps=STEPS + 1)
-    observation, _ = env.reset(seed=0, options={"init_state": 1})
-    assert observation["wrist"].any()  # the first frame loads textures, which the stock environment does when made
-    ours, final = _timed(lambda: _reused_episode(env, actions))
-    stock_env = _stock(config)
-    stock, stock_final = _timed(lambda: _stock_episode(stock_env, config, actions))
+    env_id, size = config.env.id, config.env.image_size
+    find_task(env_id)  # only LIBERO has a stock way to compare with
+    actions = random_actions(STEPS, SEED)
+    result: dict[str, Any] = {"benchmark": "env", "env": env_id}
+    result |= _construction(env_id, size)
+    env: Any = make(env_id, size, max_steps=STEPS + 1)
+    _episode(env, actions, CHUNK)  # the first frame loads textures, which the stock environment does when made
+    rendered = env.frames_rendered
+    seconds = {k: min(timed(partial(_episode, env, actions, k)) for _ in range(2)) for k in (CHUNK, 2)}
+    result["frames_rendered_share"] = (env.frames_rendered - rendered) / 2 / (2 * 2 * (STEPS + 1))
+    result |= _control_step(env)
+    resets = [timed(partial(env.begin_episode, i, i)) for i in range(7)]
+    settled = [timed(partial(env.reset, seed=i, options={"init_state": i})) for i in range(5)]
+    result["reset_seconds"] = statistics.median(resets)
+    result["reset_and_settle_seconds"] = statistics.median(settled)
+    frames_at = set(range(0, COMPARED_STEPS + 1, CHUNK))
+    ours = play_ours(env, SEED, INIT_STATE, actions[:COMPARED_STEPS], frames_at, at_once=False)
     env.close()
-    stock_env.close()
-    return {
-        "benchmark": "env",
-        "env": config.env.id,
-        "episode_s": ours,
-        "stock_episode_s": stock,
-        "speedup": stock / ours,
-        "same_joint_positions": bool(np.array_equal(final, stock_final)),
-    }
+    result |= _stock_figures(env_id, size, actions, seconds)
+    result |= _equality(ours, play_stock(env_id, size, SEED, INIT_STATE, actions[:COMPARED_STEPS], frames_at))
+    gc.collect()
+    return result | _many(env_id, size)
 
 
-def _timed(play: Any) -> tuple[float, np.ndarray]:
-    started = time.perf_counter()
-    final = play()
-    return time.perf_counter() - started, final
+def _construction(env_id: str, size: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("RIPT_RAY_CACHE")
+        os.environ["RIPT_RAY_CACHE"] = folder
+        try:
+            make(env_id, size).close()  # imports and compiles code, once for all
+            for entry in os.scandir(os.path.join(folder, "models")):
+                os.unlink(entry.path)
+            first = timed(partial(make, env_id, size))
+            cached = min(timed(partial(make, env_id, size)) for _ in range(3))
+        finally:
+            os.environ.pop("RIPT_RAY_CACHE")
+            if before is not None:
+                os.environ["RIPT_RAY_CACHE"] = before
+    return {"construction_seconds": cached, "first_construction_seconds": first}
 
 
-def _reused_episode(env: Any, actions: np.ndarray) -> np.ndarray:
-    observation, _ = env.reset(seed=SEED, options={"init_state": 0})
+def _episode(env: Any, actions: np.ndarray, look_every: int) -> None:
+    observation, _ = env.reset(seed=SEED, options={"init_state": INIT_STATE})
     for i, action in enumerate(actions):
-        if i % CHUNK == 0:
+        if i % look_every == 0:
             assert observation["agentview"].shape == observation["wrist"].shape
         observation, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
-            break
-    return np.array(env.simulation.sim.data.qpos)
+            return
 
 
-def _stock(config: Config) -> Any:
-    from libero.libero.envs import OffScreenRenderEnv
+def _control_step(env: Any) -> dict[str, Any]:
+    """A control step against 25 `mj_step` of the same model from the same state, in turns."""
+    env.reset(seed=SEED, options={"init_state": INIT_STATE})
+    env.max_steps = 10**9
+    model, data = env.simulation.sim.model._model, env.simulation.sim.data._data
+    bare_data = mujoco.MjData(model)
+    state = np.zeros(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
+    ours, bare = [], []
+    for action in random_actions(STEPS, SEED):
+        mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_setState(model, bare_data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        bare.append(timed(lambda: [mujoco.mj_step(model, bare_data) for _ in range(25)]))
+        ours.append(timed(partial(env.step, action)))
+        env._over = False
+    return {
+        "control_step_over_physics": statistics.median(o / b for o, b in zip(ours, bare, strict=True)),
+        "control_step_ms": 1e3 * statistics.median(ours),
+        "physics_ms": 1e3 * statistics.median(bare),
+    }
 
-    size = config.env.image_size
-    task = find_task(config.env.id)
-    return OffScreenRenderEnv(bddl_file_name=str(task.bddl_file), camera_heights=size, camera_widths=size)
+
+def _stock_figures(env_id: str, size: int, actions: np.ndarray, seconds: dict[int, float]) -> dict[str, Any]:
+    started = time.perf_counter()
+    stock = StockEnv(env_id, size)
+    constructed = time.perf_counter() - started
+    reset = timed(lambda: (stock.env.seed(SEED), stock.env.reset()))
+    restore = timed(lambda: stock.env.set_init_state(find_task(env_id).init_states()[INIT_STATE]))
+
+    def episode() -> None:
+        stock.start(SEED, INIT_STATE)
+        for action in actions:
+            stock.step(action)
+
+    eager = timed(episode)
+    wanted = False
+    stock.render_only(lambda: wanted)
+    blind = [timed(partial(stock.step, action)) for action in actions[:30]]
+    stock.close()
+    return {
+        "episode_speedup": eager / seconds[CHUNK],
+        "episode_speedup_looking_every_2": eager / seconds[2],
+        "episode_seconds": seconds[CHUNK],
+        "stock_episode_seconds": eager,
+        "stock_construction_seconds": constructed,
+        "stock_reset_seconds": reset + restore,
+        "stock_control_step_ms": 1e3 * statistics.median(blind),
+    }
 
 
-def _stock_episode(env: Any, config: Config, actions: np.ndarray) -> np.ndarray:
-    env.seed(SEED)
-    env.reset()
-    env.set_init_state(find_task(config.env.id).init_states()[0])
-    for _ in range(10):
-        env.step([0, 0, 0, 0, 0, 0, -1])
-    for action in actions:
-        _, _, done, _ = env.step(action)
-        if done:
-            break
-    return np.array(env.sim.data.qpos)
+def _equality(ours: Trace, stock: Trace) -> dict[str, Any]:
+    found = list(differences(ours, stock))
+    cameras = tuple(stock.frames[0])
+    return {
+        "states_identical": not [line for line in found if not line.startswith(cameras)],
+        "frames_identical": not [line for line in found if line.startswith(cameras)],
+        "differences": found,
+    }
+
+
+def _many(env_id: str, size: int) -> dict[str, Any]:
+    """Episodes per second of 1, 2, … processes, up to the number of cores, relative to one; and their memory."""
+    cores = len(os.sched_getaffinity(0))
+    counts = sorted({1, *(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
+    rates, memory = {}, 0.0
+    for count in counts:
+        rates[count], memory = _rate(env_id, size, count)
+    return {
+        "scaling": {str(count): rate / rates[1] for count, rate in rates.items()},
+        # What the last of several processes has for itself; with one core there is nobody to share with.
+        "memory_mb": memory,
+    }
+
+
+def _rate(env_id: str, size: int, count: int) -> tuple[float, float]:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(count), context.Queue()
+    children = [context.Process(target=_worker, args=(env_id, size, barrier, results)) for _ in range(count)]
+    for child in children:
+        child.start()
+    answers = [results.get(timeout=600) for _ in children]
+    for child in children:
+        child.join(timeout=60)
+    return sum(rate for rate, _ in answers), min(memory for _, memory in answers)
+
+
+def _worker(env_id: str, size: int, barrier: Any, results: Any) -> None:
+    env = make(env_id, size, max_steps=STEPS + 1)
+    actions = random_actions(STEPS, SEED)
+    _episode(env, actions, CHUNK)
+    memory = _private_mb()
+    barrier.wait(timeout=300)
+    episodes = 4
+    seconds = sum(timed(partial(_episode, env, actions, CHUNK)) for _ in range(episodes))
+    results.put((episodes / seconds, memory))
+    barrier.wait(timeout=300)
+    env.close()
+
+
+def _private_mb() -> float:
+    """Memory that this process shares with no other."""
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(float(line.split()[1]) for line in file if line.startswith("Private_")) / 1024

@@ -13,10 +13,13 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from ript_ray.envs.culling import Culler
 from ript_ray.envs.world import Ticket
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """Observation key → camera name in the model."""
+_HIDDEN_GROUP = 5
+"""Geom group that is not drawn; models use 0 (collision) and 1 (visual)."""
 
 
 class FrameRenderer:
@@ -51,14 +54,40 @@ class FrameRenderer:
             mujoco.mj_camlight(model, sim.data._data)
             # robosuite makes a context current only at its creation; another environment may have been made since.
             sim._render_context_offscreen.gl_ctx.make_current()
-            frame = sim.render(camera_name=CAMERAS[camera], width=size, height=size)
+            frame = self._draw(model.camera(CAMERAS[camera]).id, size)
         finally:
             _apply(model, *keep)
         self.frames += 1
         self.seconds += time.perf_counter() - started
-        # robosuite returns what OpenGL gives, rows bottom-up; published policies expect that turned by 180 degrees,
+        # OpenGL gives rows bottom-up; published policies expect robosuite's unturned frames turned by 180 degrees,
         # which is the upright view mirrored left to right.
         return np.ascontiguousarray(frame[::-1, ::-1])
+
+    def _draw(self, camera: int, size: int) -> np.ndarray:
+        context = self._sim._render_context_offscreen
+        if not self._culler.possible:
+            return self._draw_geoms(self._shown, camera, size)
+        plan = self._culler.plan(self._sim.data._data, camera, size)
+        flags, reflection = context.scn.flags, int(mujoco.mjtRndFlag.mjRND_REFLECTION)
+        flags[reflection] = plan.reflect
+        try:
+            frame = self._draw_geoms(plan.geoms, camera, size)
+        finally:
+            flags[reflection] = 1
+        if plan.part is not None and plan.part_geoms is not None:
+            part = (slice(plan.part.bottom, plan.part.top), slice(plan.part.left, plan.part.right))
+            frame[part] = self._draw_geoms(plan.part_geoms, camera, size)[part]
+        return frame
+
+    def _draw_geoms(self, geoms: np.ndarray, camera: int, size: int) -> np.ndarray:
+        context, group = self._sim._render_context_offscreen, self._model.geom_group
+        keep = group.copy()
+        group[self._shown & ~geoms] = _HIDDEN_GROUP
+        try:
+            context.render(width=size, height=size, camera_id=camera)
+        finally:
+            group[:] = keep
+        return np.asarray(context.read_pixels(size, size))
 
     def close(self) -> None:
         """Release the OpenGL context, if one was made."""
@@ -79,6 +108,9 @@ class FrameRenderer:
             context = MjRenderContextOffscreen(self._sim, device_id=-1)
             context.vopt.geomgroup[0] = 0
             context.vopt.geomgroup[1] = 1
+            self._shown = context.vopt.geomgroup[self._model.geom_group].astype(bool)
+            context.vopt.geomgroup[_HIDDEN_GROUP] = 0
+            self._culler = Culler(self._model, self._shown)
         return self._sim
 
 

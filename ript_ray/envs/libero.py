@@ -36,6 +36,12 @@ class LiberoEnv(ArmWorld):
         self._base_initializers = list(self._env.object_property_initializers)
 
     def _start(self, seed: int, init_state: int | None) -> None:
+        self.begin_episode(seed, init_state)
+        for _ in range(SETTLE_STEPS):
+            self._advance(SETTLE_ACTION)
+
+    def begin_episode(self, seed: int, init_state: int | None) -> None:
+        """What the stock `seed`, `reset` and `set_init_state` do, without the settle steps that follow in `reset`."""
         with global_numpy_seed(seed):
             self._reset_like_new()
         if init_state is not None:
@@ -44,8 +50,6 @@ class LiberoEnv(ArmWorld):
             self._env.sim.forward()
             self._post_process()
             self._observe_at_start()
-        for _ in range(SETTLE_STEPS):
-            self._advance(SETTLE_ACTION)
 
     def _reset_like_new(self) -> None:
         """Robosuite's hard reset on the model that is already compiled.

@@ -27,6 +27,8 @@ def configure() -> str:
         if ctypes.util.find_library(_LIBRARIES[backend]):
             os.environ["MUJOCO_GL"] = backend
             os.environ["PYOPENGL_PLATFORM"] = backend
+            # Mesa's software renderer: threads of its own make a small frame slower and take cores from other actors.
+            os.environ.setdefault("LP_NUM_THREADS", "0")
             logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
             return backend
     raise UserError(

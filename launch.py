@@ -5,7 +5,8 @@
     python launch.py sft data.demos=FILE         a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
-    python launch.py bench env|learner           measured speed, as ratios
+    python launch.py replay EPISODE              play a recorded episode again and compare, step by step
+    python launch.py bench env|learner|memory    measured speed, as ratios
 
 Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.
 """
@@ -52,7 +53,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     ):
         store, actors = start_rollouts(config, policy)
         pool = spawn(SamplePool, config, name="SamplePool")
-        coordinator = spawn(Coordinator, config, actors, pool, store, name="Coordinator")
+        coordinator = spawn(Coordinator, config, actors, pool, store, run_dir, name="Coordinator")
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
         with Monitor(config, coordinator, run_dir, tracker) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
@@ -87,11 +88,11 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store, name="Coordinator")
+        coordinator = spawn(Coordinator, config, actors, None, store, run_dir, name="Coordinator")
         with Monitor(config, coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())
-    result = success_summary(outcome["results"])
+    result = success_summary([result for result in outcome["results"] if result is not None])
     low, high = result["ci95"]
     print(f"{config.env.id}: {result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%}")
     return {"env": config.env.id} | result | {"results": outcome["results"], "versions": versions(renderer)}
@@ -109,8 +110,10 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     from ript_ray.types import Context
 
     first, end = config.env.train_init_states
+    ids = config.env.ids
     contexts = [
-        Context(config.env.id, first + i % (end - first), config.run.seed + i) for i in range(config.demos.episodes)
+        Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.run.seed + i)
+        for i in range(config.demos.episodes)
     ]
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         workers = ActorPool(start_actors(RolloutActor, config.scaling, config, {}, None))
@@ -143,6 +146,22 @@ def sft(config: Config, run_dir: Path) -> dict[str, Any]:
     save_policy(folder, policy, about={"sft": config.sft.model_dump(), "demos": config.data.demos})
     print(f"policy of {sum(p.numel() for p in policy.parameters()):,} parameters in {folder}")
     return diagnostics | {"output": str(folder), "weights_sha256": weights_sha256(cpu_weights(policy))}
+
+
+def replay(files: list[str]) -> dict[str, Any]:
+    """Play a recorded episode again, compare the simulator's state at every step, and write a video beside it."""
+    from ript_ray.replay import replay_episode
+    from ript_ray.reporting import write_video
+
+    if len(files) != 1:
+        raise UserError(f"replay {' '.join(files)!r}: name one file of a run's episodes folder")
+    file = Path(files[0])
+    result, frames = replay_episode(file)
+    video = file.with_suffix(".mp4")
+    write_video(video, frames, 10.0)
+    print(result.describe())
+    print(f"  video in {video}")
+    return result.to_json() | {"video": str(video)}
 
 
 class Monitor:
@@ -226,11 +245,17 @@ def summarise(
     seconds = totals.pop("seconds")
     for part in ("busy", "idle"):
         seconds[f"learner_{part}"] = sum(row.get(f"learner/{part}_s", 0.0) for row in rows)
+    frames = totals.pop("frames")
+    rendered = frames["looked"] + counts.pop("training_frames")
+    # Without an outcome are those whose environment failed.
+    pairs = [(b, f) for b, f in zip(base["results"], final["results"], strict=True) if None not in (b, f)]
+    before, after = [b for b, _ in pairs], [f for _, f in pairs]
     return {
         "env": config.env.id,
-        "base": success_summary(base["results"]),
-        "final": success_summary(final["results"]),
-        "paired_p": paired_p_value(base["results"], final["results"]),
+        "base": success_summary(before),
+        "final": success_summary(after),
+        "paired_p": paired_p_value(before, after),
+        "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
         "held_out_init_states": list(config.env.eval_init_states),
         "train_init_states": list(config.env.train_init_states),
         **totals,
@@ -327,15 +352,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=["train", "eval", "demos", "sft", "bench", "doctor"])
-    parser.add_argument("settings", nargs="*", help="section.key=value, and for bench: env or learner")
+    parser.add_argument("command", choices=["train", "eval", "demos", "sft", "replay", "bench", "doctor"])
+    parser.add_argument("settings", nargs="*", help="section.key=value; for bench its subject, for replay a file")
+    parser.add_argument("--suite", help="short for env.id=SUITE/TASK, with --task")
+    parser.add_argument("--task", help="number or name of a task in --suite; 0 by default")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_intermixed_args(arguments)
     try:
         if options.json:
             make_folder(options.json.parent, "--json")
-        result = dispatch(options.command, options.settings, options.config)
+        settings = options.settings
+        if options.suite or options.task:
+            settings = [*settings, f"env.id={options.suite or 'libero_object'}/{options.task or 0}"]
+        result = dispatch(options.command, settings, options.config)
         if options.json:
             from ript_ray.reporting import write_json
 
@@ -352,11 +382,14 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
 
     subjects = [word for word in settings if "=" not in word]
     config = load_config(config_file, [word for word in settings if "=" in word])
-    check_name(config.env.id)
+    for env_id in config.env.ids:
+        check_name(env_id)
     if command == "bench":
         from benchmarks import run_benchmark
 
         return run_benchmark(subjects, config)
+    if command == "replay":
+        return replay(subjects)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
     if command == "doctor":

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from actors.dispatcher import Dispatcher, Episode
+from actors.dispatcher import Dispatcher, Episode, Outcome
 from actors.rollout import EpisodeReport
 from ript_ray.algos.sampling import ContextSampler, Group
 from ript_ray.config import Config
+from ript_ray.data.storage import save_episode
 from ript_ray.types import Context
 
 
@@ -37,6 +39,10 @@ class _Totals:
     episodes: int = 0
     env_steps: int = 0
     surplus: int = 0
+    frames: int = 0
+    """Rendered because a policy looked."""
+    eager_frames: int = 0
+    """That rendering every step would have taken."""
     errors: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("physics", "render", "inference"), 0.0))
     weights_wait_s: list[float] = field(default_factory=list)
@@ -52,14 +58,16 @@ class Coordinator:
         actors: handles of `RolloutActor`.
         pool: handle of `SamplePool`.
         store: handle of `WeightStore`.
+        run_dir: episodes are recorded in its ``episodes`` folder; None records none.
     """
 
-    def __init__(self, config: Config, actors: list[Any], pool: Any, store: Any) -> None:
+    def __init__(self, config: Config, actors: list[Any], pool: Any, store: Any, run_dir: Path | None = None) -> None:
         self._config = config
         self._actors = actors
         self._pool = pool
         self._store = store
-        self._sampler = ContextSampler(config.env.id, config.env.train_init_states, config.sampling, config.run.seed)
+        self._episodes_dir = run_dir / "episodes" if run_dir is not None else None
+        self._sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, config.run.seed)
         self._totals = _Totals()
         self._rows: list[dict[str, Any]] = []
         self._learner_starts = 0
@@ -82,7 +90,11 @@ class Coordinator:
             self._enter("waiting for weights", 0)
             self._wait_for_weights(max(0, step - lead))
             self._collect(step, dispatcher)
-            self._ask(self._pool.seal.remote(step))
+            jobs = self._ask(self._pool.seal.remote(step))
+            if jobs:
+                # The learner may start: frames come in the order in which it needs them.
+                references = dispatcher.render(jobs)
+                self._ask(self._pool.rendering.remote(jobs, references))
         self._enter("learning", 0)
 
     def evaluate(self, stage: str, keep: int = 0) -> dict[str, Any]:
@@ -93,8 +105,8 @@ class Coordinator:
             keep: how many trajectories of each result to keep for videos.
 
         Returns:
-            ``results`` (list of successes in the order of the contexts), ``lengths``, and ``kept``: references of
-            failures and successes by context index.
+            ``results`` (list of successes in the order of the contexts, None where the environment failed),
+            ``lengths``, and ``kept``: references of failures and successes by context index.
         """
         contexts = evaluation_contexts(self._config)
         dispatcher = Dispatcher(self._actors, self._config.scaling)
@@ -102,14 +114,18 @@ class Coordinator:
         self._enter(stage, len(contexts))
         for context in contexts:
             dispatcher.submit(Episode(-1, context, self._config.eval.guidance))
-        results, lengths = [False] * len(contexts), [0] * len(contexts)
+        results: list[bool | None] = [None] * len(contexts)
+        lengths = [0] * len(contexts)
         kept: dict[bool, dict[int, Any]] = {True: {}, False: {}}
         while dispatcher.outstanding:
-            for episode, report, reference in dispatcher.wait():
-                i = position[episode.context]
+            for outcome in dispatcher.wait():
+                report, i = outcome.report, position[outcome.episode.context]
+                if report is None:
+                    self._set_aside(outcome, dispatcher)
+                    continue
                 results[i], lengths[i] = report.success, report.length
                 if len(kept[report.success]) < keep:
-                    kept[report.success][i] = reference
+                    kept[report.success][i] = outcome.reference
                 self._note(report)
         self._totals.errors += dispatcher.errors
         return {"results": results, "lengths": lengths, "kept": kept}
@@ -140,6 +156,8 @@ class Coordinator:
             "surplus": totals.surplus,
             "errors": totals.errors,
             "skipped_states": self._sampler.skipped,
+            "set_aside": [asdict(entry) for entry in self._sampler.aside],
+            "frames": {"looked": totals.frames, "eager": totals.eager_frames},
             "seconds": {"rollout": totals.rollout_s} | totals.seconds,
             "weights_wait_s": {"mean": float(np.mean(waits)) if waits else 0.0, "max": max(waits, default=0.0)},
         }
@@ -166,7 +184,6 @@ class Coordinator:
         self._enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
         groups: dict[int, Group] = {}
         rewards: dict[int, list[float]] = {}
-        accepted: list[int] = []
         good = rejected = opened = 0
         # Enough open groups to keep every actor busy, even when fewer are still wanted.
         busy = -(-len(self._actors) // config.group_size)
@@ -178,7 +195,11 @@ class Coordinator:
                 opened += 1
                 for context in group.contexts:
                     dispatcher.submit(Episode(group.id, context, self._config.policy.guidance))
-            for episode, report, reference in dispatcher.wait():
+            for outcome in dispatcher.wait():
+                episode, report, reference = outcome.episode, outcome.report, outcome.reference
+                if report is None:
+                    opened -= self._give_up(outcome, groups, dispatcher)
+                    continue
                 self._note(report)
                 if episode.tag not in groups:
                     self._totals.surplus += 1
@@ -189,12 +210,9 @@ class Coordinator:
                     self._sampler.record(groups.pop(episode.tag), np.array(rewards[episode.tag]))
                     good += bool(verdict)
                     rejected += not verdict
-                    accepted += verdict
         self._totals.surplus += dispatcher.cancel(set(groups))
         for group_id in groups:
             self._ask(self._pool.discard.remote(group_id))
-        if self._config.data.windows == "all":
-            self._complete_frames(step, accepted)
         seconds = time.perf_counter() - started
         self._totals.rollout_s += seconds
         self._totals.errors += dispatcher.errors[errors_before:]
@@ -211,22 +229,20 @@ class Coordinator:
             }
         )
 
-    def _complete_frames(self, step: int, accepted: list[int]) -> None:
-        """Have the actors render the frames of accepted trajectories that nobody has looked at yet."""
-        self._enter(f"update {step + 1}: frames", len(accepted))
-        references = self._ask(self._pool.references.remote(accepted))
-        waiting = {}
-        for turn, identifier in enumerate(accepted):
-            actor = self._actors[turn % len(self._actors)]
-            # Rendering again gives the same, so a lost actor's work is simply repeated.
-            render = actor.render_all.options(num_returns=2, max_task_retries=-1)
-            report, trajectory = render.remote(references[identifier][0])
-            waiting[report] = (identifier, trajectory)
-        for report_ref, (identifier, trajectory) in waiting.items():
-            report = self._ask(report_ref)
-            self._totals.seconds["render"] += report.seconds["render"]
-            self._ask(self._pool.replace.remote(identifier, report, [trajectory]))
-            self._done += 1
+    def _give_up(self, outcome: Outcome, groups: dict[int, Group], dispatcher: Dispatcher) -> int:
+        """Set an environment aside that fails again and again, and discard its open groups; how many there were."""
+        self._set_aside(outcome, dispatcher)
+        gone = [group_id for group_id, group in groups.items() if self._sampler.is_aside(group.contexts[0])]
+        for group_id in gone:
+            del groups[group_id]
+            self._ask(self._pool.discard.remote(group_id))
+        dispatcher.cancel(set(gone))
+        return len(gone)
+
+    def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
+        context = outcome.episode.context
+        self._sampler.set_aside(context, outcome.reason)
+        dispatcher.drop(self._sampler.is_aside)
 
     def _wait_for_weights(self, version: int) -> None:
         limit = self._config.scaling.wait_timeout_s
@@ -247,7 +263,11 @@ class Coordinator:
 
     def _note(self, report: EpisodeReport) -> None:
         totals = self._totals
+        if self._episodes_dir is not None:
+            save_episode(self._episodes_dir / f"{totals.episodes:06d}.safetensors", report.record)
         totals.episodes += 1
+        totals.frames += report.frames
+        totals.eager_frames += report.eager_frames
         totals.env_steps += report.length
         totals.weights_wait_s.append(report.weights_wait_s)
         for name, value in report.seconds.items():
@@ -259,10 +279,15 @@ class Coordinator:
 
 
 def evaluation_contexts(config: Config) -> list[Context]:
-    """Held-out initial states in turn, each time with another noise seed; the same list before and after training."""
+    """Held-out initial states in turn, each time with another noise seed; the same list before and after training.
+
+    With several tasks the episodes are shared out among them.
+    """
     first, end = config.env.eval_init_states
+    ids = config.env.ids
     return [
-        Context(config.env.id, first + i % (end - first), config.eval.seed + i) for i in range(config.eval.episodes)
+        Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.eval.seed + i)
+        for i in range(config.eval.episodes)
     ]
 
 

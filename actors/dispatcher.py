@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.rollout import EpisodeReport
 from ript_ray.config import ScalingConfig
-from ript_ray.types import Context
+from ript_ray.types import Context, FrameJob
 
 _MAX_ATTEMPTS = 3
-"""An episode that fails so often ends the run: the fault is not the actor's."""
+"""An episode that fails so often is given up: the fault is not the actor's."""
+_RENDER_RETRIES = 3
 
 
 @dataclass(slots=True)
@@ -30,8 +32,23 @@ class Episode:
     deadline: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An episode that was played, or given up."""
+
+    episode: Episode
+    report: EpisodeReport | None
+    """None when it was given up."""
+    reference: Any = None
+    """Of the trajectory."""
+    reason: str = ""
+    """Why it was given up."""
+
+
 class Dispatcher:
     """Keeps one episode in flight per actor and survives the loss of actors.
+
+    An actor is given an episode of the task it is at, if there is one, since to change tasks takes a second.
 
     Args:
         actors: handles of `RolloutActor`.
@@ -40,14 +57,21 @@ class Dispatcher:
     """
 
     def __init__(self, actors: list[Any], scaling: ScalingConfig) -> None:
+        self._actors = actors
         self._idle = deque(actors)
-        self._lost: dict[Any, Any] = {}
-        """Actors that died, by the reference of a call that returns when Ray has started them again."""
+        self._at: dict[Any, str] = {}
+        """The task that an actor is at."""
+        self._rendering: dict[Any, Any] = {}
+        """Reference of the last frames that an actor is to make; it gets no episode before they are made."""
+        self._lost: dict[Any, tuple[Any, Episode]] = {}
+        """Actors that died, and in what, by the reference of a call that returns when Ray has started them again."""
         self._alive_at = time.monotonic()
         self._timeout_s = scaling.episode_timeout_s
         self._restart_timeout_s = scaling.wait_timeout_s
         self._queue: deque[Episode] = deque()
         self._running: dict[Any, tuple[Any, Any, Episode]] = {}
+        self._reasons: dict[Context, str] = {}
+        """What an actor's watchdog said when it ended an episode."""
         self.errors: list[str] = []
         """Faults that were survived."""
 
@@ -63,62 +87,97 @@ class Dispatcher:
         self._queue = deque(kept)
         return dropped
 
+    def drop(self, unwanted: Callable[[Context], bool]) -> None:
+        """Drop queued episodes of unwanted contexts."""
+        self._queue = deque(episode for episode in self._queue if not unwanted(episode.context))
+
     @property
     def outstanding(self) -> int:
         """Episodes queued or running."""
         return len(self._queue) + len(self._running)
 
-    def wait(self) -> list[tuple[Episode, EpisodeReport, Any]]:
+    def render(self, jobs: list[FrameJob]) -> list[Any]:
+        """Have the actors make frames, in this order, before they play on; references in the order of the jobs.
+
+        Rendering again gives the same, so the work of an actor that is lost is simply repeated.
+        """
+        references = []
+        for turn, job in enumerate(jobs):
+            there = [actor for actor in self._actors if self._at.get(actor) == job.env_id] or self._actors
+            actor = there[turn % len(there)]
+            reference = actor.render.options(max_task_retries=_RENDER_RETRIES).remote(job)
+            self._rendering[actor], self._at[actor] = reference, job.env_id
+            references.append(reference)
+        return references
+
+    def wait(self) -> list[Outcome]:
         """Finished episodes, at least one unless none is outstanding; handles failures on the way.
 
         Raises:
-            RuntimeError: when one episode has failed three times, or no actor is left.
+            RuntimeError: when no actor is left.
         """
-        finished: list[tuple[Episode, EpisodeReport, Any]] = []
+        finished: list[Outcome] = []
         while not finished and self.outstanding:
             self._check_that_somebody_plays()
-            done, _ = ray.wait([*self._running, *self._lost], timeout=1.0)
+            done, _ = ray.wait([*self._running, *self._lost, *self._rendering.values()], timeout=1.0)
             for reference in done:
                 if reference in self._lost:
                     self._welcome_back(reference)
+                if reference not in self._running:
                     continue
                 actor, trajectory_ref, episode = self._running.pop(reference)
                 try:
-                    finished.append((episode, ray.get(reference, timeout=self._timeout_s), trajectory_ref))
+                    report = ray.get(reference, timeout=self._timeout_s)
+                    finished.append(Outcome(episode, report, trajectory_ref))
                     self._idle.append(actor)
                 except RayActorError as error:
                     # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
-                    self._lost[actor.renderer.options(max_task_retries=-1).remote()] = actor
-                    self._retry(episode, error)
+                    self._lost[actor.awake.options(max_task_retries=-1).remote()] = actor, episode
+                    self._at.pop(actor, None)
+                    finished += self._retry(episode, error)
                 except RayTaskError as error:
                     self._idle.append(actor)
-                    self._retry(episode, error)
+                    finished += self._retry(episode, error)
+            self._rendering = {actor: last for actor, last in self._rendering.items() if last not in done}
             self._end_overdue()
             self._start()
         return finished
 
     def _welcome_back(self, reference: Any) -> None:
-        actor = self._lost.pop(reference)
+        actor, episode = self._lost.pop(reference)
         try:
-            ray.get(reference, timeout=self._timeout_s)
+            reason = ray.get(reference, timeout=self._timeout_s)
+            if reason:
+                self._reasons[episode.context] = reason
+                self.errors.append(f"{episode.context}: {reason}")
             self._idle.append(actor)
         except RayActorError as error:  # it cannot be started again; the others go on
             self.errors.append(f"a rollout actor is gone for good: {error}")
 
     def _check_that_somebody_plays(self) -> None:
-        if self._running:
+        if self._running or self._rendering:
             self._alive_at = time.monotonic()
         elif not self._lost or time.monotonic() > self._alive_at + self._restart_timeout_s:
             last = self.errors[-1] if self.errors else "none"
             raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 
     def _start(self) -> None:
-        while self._queue and self._idle:
-            actor, episode = self._idle.popleft(), self._queue.popleft()
+        free = [actor for actor in self._idle if actor not in self._rendering]
+        for actor in free[: len(self._queue)]:
+            episode = self._next_for(actor)
+            self._idle.remove(actor)
+            self._at[actor] = episode.context.env_id
             episode.attempts += 1
             episode.deadline = time.monotonic() + self._timeout_s
             report, trajectory = actor.collect.options(num_returns=2).remote(episode.context, episode.guidance)
             self._running[report] = (actor, trajectory, episode)
+
+    def _next_for(self, actor: Any) -> Episode:
+        at = self._at.get(actor)
+        index = next((i for i, episode in enumerate(self._queue) if at in (None, episode.context.env_id)), 0)
+        episode = self._queue[index]
+        del self._queue[index]
+        return episode
 
     def _end_overdue(self) -> None:
         """A hung simulator cannot rescue itself: its process is killed, Ray starts it anew, the episode is retried."""
@@ -128,9 +187,11 @@ class Dispatcher:
                 self.errors.append(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
                 ray.kill(actor, no_restart=False)
 
-    def _retry(self, episode: Episode, error: Exception) -> None:
-        reason = f"{episode.context}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        if episode.attempts >= _MAX_ATTEMPTS:
-            raise RuntimeError(f"an episode failed {_MAX_ATTEMPTS} times, last with {reason}") from error
-        self.errors.append(reason)
-        self._queue.appendleft(episode)
+    def _retry(self, episode: Episode, error: Exception) -> list[Outcome]:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        self.errors.append(f"{episode.context}: {reason}")
+        if episode.attempts < _MAX_ATTEMPTS:
+            self._queue.appendleft(episode)
+            return []
+        known = self._reasons.get(episode.context, reason)
+        return [Outcome(episode, None, reason=f"failed {_MAX_ATTEMPTS} times: {known}")]

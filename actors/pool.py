@@ -2,13 +2,14 @@
 
 Guarantees. A group is accepted or rejected exactly once, when its last rollout has arrived. `seal` fixes what a step
 may train on, after the sweep that drops everything older than ``max_staleness`` versions: nothing stale gets past it.
+No frame is asked for that no window of a sealed step needs, hence none of a rejected group, and none twice.
 `next_shard` serves a sealed step, so every rank gets the same number of steps and a restarted learner the same answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import is_mixed, leave_one_out
 from ript_ray.config import Config
 from ript_ray.data.windows import shuffled_batches, window_starts
-from ript_ray.types import Shard
+from ript_ray.types import FrameBatch, FrameJob, Shard
+
+_FRAMES_PER_JOB = 16
+"""Small, so that the first ones arrive soon and all actors share the work."""
 
 
 @dataclass(slots=True)
@@ -35,6 +39,8 @@ class _Counters:
     windows: int = 0
     trained: int = 0
     stale_dropped: int = 0
+    frames: int = 0
+    """Rendered for training."""
     stored_bytes: int = 0
     staleness: list[int] = field(default_factory=list)
 
@@ -49,6 +55,9 @@ class SamplePool:
         self._samples: dict[int, _Sample] = {}
         self._next_id = 0
         self._sealed: dict[int, Shard] = {}
+        self._sealing: Shard
+        self._rendered: dict[tuple[int, int], FrameBatch] = {}
+        """Frames made for training, by trajectory and step; kept as long as the trajectory."""
         self._newly_sealed = asyncio.Condition()
         self._count = _Counters()
 
@@ -79,31 +88,30 @@ class SamplePool:
             self._next_id += 1
         return identifiers
 
-    async def references(self, identifiers: list[int]) -> dict[int, list[Any]]:
-        """References of samples, each in a list of one."""
-        return {i: [self._samples[i].reference] for i in identifiers}
-
-    async def replace(self, identifier: int, report: EpisodeReport, reference: list[Any]) -> None:
-        """Put a trajectory with more frames in the place of the one it was made from."""
-        sample = self._samples[identifier]
-        self._count.stored_bytes += report.nbytes - sample.report.nbytes
-        self._samples[identifier] = _Sample(report, reference[0], sample.advantage)
-
     async def discard(self, group: int) -> None:
         """Forget an incomplete group whose remaining rollouts were cancelled."""
         self._pending.pop(group, None)
 
-    async def seal(self, step: int) -> None:
-        """Fix the samples of ``step``, which makes weights version ``step + 1`` from version ``step``."""
+    async def seal(self, step: int) -> list[FrameJob]:
+        """Fix the samples of ``step``, which makes weights version ``step + 1`` from version ``step``.
+
+        Returns:
+            The frames that its windows lack, in the order of their first use. The step is served once `rendering` has
+            said who makes them, at once when there are none.
+        """
         self._sweep(step)
-        index = [(i, start) for i, sample in self._samples.items() for start in self._starts(sample.report)]
-        windows = np.array(index, dtype=np.int32).reshape(-1, 2)
-        train = self._config.train
-        order = shuffled_batches(len(windows), train.epochs, train.batch_size, [self._config.run.seed, step])
+        config, train = self._config, self._config.train
+        windows = np.array(
+            [(i, start) for i, sample in self._samples.items() for start in self._starts(sample.report)], dtype=np.int32
+        ).reshape(-1, 2)
+        if config.data.distinct is not None and config.data.distinct < len(windows):
+            rng = np.random.default_rng([config.run.seed, step, 1])
+            windows = windows[np.sort(rng.choice(len(windows), config.data.distinct, replace=False))]
+        order = shuffled_batches(len(windows), train.epochs, train.batch_size, [config.run.seed, step])
         self._count.windows += len(windows)
         self._count.trained += order.size
         self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
-        self._sealed[step] = Shard(
+        self._sealing = Shard(
             step=step,
             trajectories={i: sample.reference for i, sample in self._samples.items()},
             advantages={i: sample.advantage for i, sample in self._samples.items()},
@@ -111,7 +119,27 @@ class SamplePool:
             order=order,
             batch_size=train.batch_size,
         )
-        for old in [s for s in self._sealed if s < step - 1]:
+        jobs = self._missing_frames(windows, order)
+        if not jobs:
+            await self.rendering([], [])
+        return jobs
+
+    async def rendering(self, jobs: list[FrameJob], references: list[Any]) -> None:
+        """The frames of the step that was sealed last are being made; each reference may not be there yet.
+
+        Args:
+            jobs: as `seal` returned them.
+            references: of the frames of each job.
+        """
+        for job, reference in zip(jobs, references, strict=True):
+            batch = FrameBatch(job.keys, [reference])
+            cameras = self._samples[batch.keys[0][0]].report.cameras
+            self._count.frames += cameras * len(batch.keys)
+            self._rendered |= dict.fromkeys(batch.keys, batch)
+        whole = self._sealing
+        needed = dict.fromkeys(self._rendered[key] for key in self._drawn(whole.windows, whole.order))
+        self._sealed[whole.step] = replace(whole, rendered=tuple(needed))
+        for old in [s for s in self._sealed if s < whole.step - 1]:
             del self._sealed[old]
         async with self._newly_sealed:
             self._newly_sealed.notify_all()
@@ -125,9 +153,7 @@ class SamplePool:
                 return None
         whole = self._sealed[step]
         columns = np.array_split(np.arange(whole.order.shape[1]), world)[rank]
-        return Shard(
-            step, whole.trajectories, whole.advantages, whole.windows, whole.order[:, columns], whole.batch_size
-        )
+        return replace(whole, order=whole.order[:, columns])
 
     async def stats(self) -> dict[str, Any]:
         """Counters for the summary and the metrics."""
@@ -141,6 +167,7 @@ class SamplePool:
                 "dropped": count.stale_dropped,
             },
             "stored_bytes": count.stored_bytes,
+            "training_frames": count.frames,
         }
 
     def _sweep(self, step: int) -> None:
@@ -148,9 +175,35 @@ class SamplePool:
         for i in [i for i, sample in self._samples.items() if sample.report.policy_version < limit]:
             del self._samples[i]
             self._count.stale_dropped += 1
+        self._rendered = {key: batch for key, batch in self._rendered.items() if key[0] in self._samples}
 
     def _starts(self, report: EpisodeReport) -> list[int]:
         data = self._config.data
         starts = window_starts(report.length, short=data.short, tail=data.tail)
-        # With data.windows=all the frames were completed before, so every start has one.
+        if data.windows == "all":
+            return list(starts)
         return [int(step) for step in report.frame_steps if int(step) in starts]
+
+    def _drawn(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
+        """Windows without a frame of their trajectory's own, as (trajectory, step), in the order of their first use."""
+        rows, first = np.unique(order, return_index=True)
+        seen = {i: set(sample.report.frame_steps.tolist()) for i, sample in self._samples.items()}
+        keys = [(int(windows[row, 0]), int(windows[row, 1])) for row in rows[np.argsort(first)]]
+        return [(i, start) for i, start in keys if start not in seen[i]]
+
+    def _missing_frames(self, windows: np.ndarray, order: np.ndarray) -> list[FrameJob]:
+        missing = [key for key in self._drawn(windows, order) if key not in self._rendered]
+        jobs = []
+        for at in range(0, len(missing), _FRAMES_PER_JOB):
+            steps: dict[int, list[int]] = {}
+            for i, start in missing[at : at + _FRAMES_PER_JOB]:
+                steps.setdefault(i, []).append(start)
+            tasks = dict.fromkeys(self._samples[i].report.context.env_id for i in steps)
+            for env_id in tasks:
+                parts = tuple(
+                    (i, [self._samples[i].reference], tuple(starts))
+                    for i, starts in steps.items()
+                    if self._samples[i].report.context.env_id == env_id
+                )
+                jobs.append(FrameJob(env_id, parts))
+        return jobs

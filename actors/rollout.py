@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,15 @@ import ray
 import torch
 
 from ript_ray.config import Config
+from ript_ray.envs import World
+from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.policies.checkpoints import build_policy
 from ript_ray.policies.flow import FlowPolicy
-from ript_ray.types import Context, Trajectory
+from ript_ray.types import Context, EpisodeRecord, FrameJob, Trajectory
+from ript_ray.watchdog import Watchdog
+
+_WARM_UP_TIMEOUT_S = 300.0
+"""Longest time to make an environment: the first one on a machine compiles its model and this project's code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +38,43 @@ class EpisodeReport:
     frame_steps: np.ndarray
     nbytes: int
     seconds: dict[str, float]
+    frames: int
+    """Frames rendered."""
+    cameras: int
     weights_wait_s: float
     """Time spent pulling newer weights before the episode."""
+    record: EpisodeRecord
+    """What it takes to play the episode again."""
+
+    @property
+    def eager_frames(self) -> int:
+        """Frames that rendering every step would have taken."""
+        return self.cameras * (self.length + 1)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, max_steps: int, frames: int = 0, weights_wait_s: float = 0.0) -> EpisodeReport:
+        """The report of a trajectory."""
+        return cls(
+            context=trajectory.context,
+            policy_version=trajectory.policy_version,
+            success=trajectory.success,
+            length=len(trajectory),
+            frame_steps=trajectory.frame_steps,
+            nbytes=trajectory.nbytes,
+            seconds=trajectory.seconds,
+            frames=frames,
+            cameras=int(trajectory.frames.shape[1]),
+            weights_wait_s=weights_wait_s,
+            record=EpisodeRecord.of(trajectory, max_steps),
+        )
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
 class RolloutActor:
     """Plays one episode per call. The caller owns the trajectory, so the actor's death loses only what it runs.
+
+    A `Watchdog` ends the process when one reset, step or frame takes too long or memory grows too large; Ray then
+    starts it again, and `awake` tells why.
 
     Args:
         index: shown in names and logs.
@@ -46,17 +85,20 @@ class RolloutActor:
 
     def __init__(self, index: int, config: Config, description: dict[str, Any], store: str | None) -> None:
         torch.set_num_threads(1)
-        from ript_ray.envs import make  # imports the simulator, in this process only
-
         self._index = index
         self._config = config
         self._description = description
         # By name: a handle among the arguments could be gone when Ray starts this actor again.
         self._store = ray.get_actor(store) if store else None
-        self._env = make(config.env.id, config.env.image_size, config.env.max_steps)
+        name = f"ript_ray-{ray.get_runtime_context().get_actor_id()}.end"
+        self._watchdog = Watchdog(Path(tempfile.gettempdir()) / name, 1e3 * config.scaling.actor_memory_gb)
+        self._world: World | None = None
         self._device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
         self._policy: FlowPolicy | None = None
         self._version = -1
+        choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
+        ids = config.env.ids
+        self._enter(ids[index % len(ids)])
 
     def __repr__(self) -> str:
         return f"RolloutActor{self._index}"
@@ -68,8 +110,10 @@ class RolloutActor:
         started = time.perf_counter()
         policy = self._pull()
         waited = time.perf_counter() - started
+        world = self._enter(context.env_id)
+        frames = world.frames_rendered
         trajectory = play(
-            self._env,
+            world,
             policy,
             context,
             policy_version=self._version,
@@ -77,31 +121,58 @@ class RolloutActor:
             denoise_steps=self._config.policy.denoise_steps,
             guidance=guidance,
         )
-        return make_report(trajectory, trajectory.seconds, waited), trajectory
+        rendered = world.frames_rendered - frames
+        report = EpisodeReport.of(trajectory, world.max_steps, rendered, waited)
+        return report, trajectory
 
-    def render_all(self, trajectory: Trajectory) -> tuple[EpisodeReport, Trajectory]:
-        """The same trajectory with a frame before every step; those that exist are kept."""
-        from ript_ray.rollout import render_missing
+    def render(self, job: FrameJob) -> np.ndarray:
+        """The frames of a job, in the order of its keys: uint8[n, C, H, W, 3]."""
+        from ript_ray.rollout import render_steps
 
-        complete = render_missing(self._env, trajectory)
-        seconds = {"render": complete.seconds["render"] - trajectory.seconds["render"]}
-        return make_report(complete, seconds, weights_wait_s=0.0), complete
+        world = self._enter(job.env_id)
+        limit = self._config.scaling.wait_timeout_s
+        return np.concatenate(
+            [render_steps(world, ray.get(reference, timeout=limit), steps) for _, (reference,), steps in job.parts]
+        )
 
     def film(self, trajectory: Trajectory) -> np.ndarray:
-        """The upright third-person view at every other step: uint8[n, 256, 256, 3]."""
+        """The upright view of the first camera at every other step: uint8[n, 256, 256, 3]."""
         from ript_ray.rollout import film
 
-        return film(self._env, trajectory, every=2, size=256)
+        return film(self._enter(trajectory.context.env_id), trajectory, every=2, size=256)
 
     def demonstrate(self, context: Context) -> Trajectory:
         """One demonstration by the scripted expert."""
         from ript_ray.data.demos import demonstrate
 
-        return demonstrate(self._env, context, self._config.demos)
+        return demonstrate(self._enter(context.env_id), context, self._config.demos)
+
+    def awake(self) -> str | None:
+        """Returns once the actor is ready to play; says why the process before this one ended, if it is known."""
+        return self._watchdog.earlier
 
     def renderer(self) -> str:
-        """The OpenGL backend in use."""
-        return os.environ["MUJOCO_GL"]
+        """The OpenGL backend in use, with its device."""
+        return describe_renderer()
+
+    def _enter(self, env_id: str) -> World:
+        """The environment of a task; one at a time, since each takes half a gigabyte."""
+        if self._world is not None and self._world.id == env_id:
+            return self._world
+        with self._watchdog.guard("construction", _WARM_UP_TIMEOUT_S):
+            from ript_ray.envs import make  # imports the simulator, in this process only
+
+            if self._world is not None:
+                self._world.close()
+            env = self._config.env
+            world = make(env_id, env.image_size, env.max_steps)
+            # The first steps compile code and the first frame loads textures, which takes longer than others may.
+            observation, _ = world.reset(seed=0)
+            world.step(np.zeros(world.action_dim))
+            observation.rendered()
+        world.guard = partial(self._watchdog.guard, limit_s=self._config.scaling.hang_timeout_s)
+        self._world = world
+        return world
 
     def _pull(self) -> FlowPolicy:
         """Adopt newer weights if there are any. CPU parameters are views into the node's shared object."""
@@ -120,17 +191,3 @@ class RolloutActor:
         if self._policy is None:
             raise RuntimeError("no weights were published before the first episode")
         return self._policy
-
-
-def make_report(trajectory: Trajectory, seconds: dict[str, float], weights_wait_s: float) -> EpisodeReport:
-    """The report of a trajectory."""
-    return EpisodeReport(
-        context=trajectory.context,
-        policy_version=trajectory.policy_version,
-        success=trajectory.success,
-        length=len(trajectory),
-        frame_steps=trajectory.frame_steps,
-        nbytes=trajectory.nbytes,
-        seconds=seconds,
-        weights_wait_s=weights_wait_s,
-    )

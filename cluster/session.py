@@ -101,7 +101,7 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
         for i in range(scaling.actors)
     ]
     try:
-        ray.get([actor.renderer.remote() for actor in actors], timeout=scaling.wait_timeout_s)
+        ray.get([actor.awake.remote() for actor in actors], timeout=scaling.wait_timeout_s)
     except ray.exceptions.RayActorError as error:
         raise UserError(f"a rollout actor could not start:\n{error}") from error
     return actors

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ript_ray.config import Config
 from ript_ray.data.windows import gather
 from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, weights_sha256
 from ript_ray.policies.flow import FlowPolicy
-from ript_ray.types import Batch, Shard, Trajectory, Window
+from ript_ray.types import Batch, FrameBatch, Shard, Trajectory, Window
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
 # learner's speed on a CPU. These keep it; the peak does not change.
@@ -110,7 +111,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         began = time.perf_counter()
         if config.train.restart:
             policy.load_state_dict(start)
-        diagnostics = _learn(policy, shard, config, rank, coordinator, memory)
+        frames = RenderedFrames(shard.rendered, limit)
+        diagnostics = _learn(policy, shard, frames, config, rank, coordinator, memory)
         busy = time.perf_counter() - began
         if rank == 0:
             weights = cpu_weights(policy)
@@ -120,6 +122,8 @@ def train_loop(settings: dict[str, Any]) -> None:
             published = store.publish.remote(step + 1, arrays, weights_sha256(weights))
             ray.get(published, timeout=limit)
         row = {f"learner/{name}": value for name, value in diagnostics.items()}
+        idle, busy = idle + frames.waited_s, busy - frames.waited_s
+        row |= {"learner/frames_wait_s": frames.waited_s}
         row |= {"learner/busy_s": busy, "learner/idle_s": idle, "learner/peak_memory_mb": memory.read_mb()}
         if rank == 0:
             ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
@@ -127,12 +131,17 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def _learn(
-    policy: FlowPolicy, shard: Shard, config: Config, rank: int, coordinator: Any, memory: PeakMemory
+    policy: FlowPolicy,
+    shard: Shard,
+    frames: RenderedFrames,
+    config: Config,
+    rank: int,
+    coordinator: Any,
+    memory: PeakMemory,
 ) -> dict[str, float]:
     """One update on one shard; nothing to do when no group was mixed."""
-    steps = plan_steps(
-        shard, _Trajectories(shard.trajectories, config.scaling.wait_timeout_s), config.train.micro_batch
-    )
+    trajectories = _Trajectories(shard.trajectories, config.scaling.wait_timeout_s)
+    steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
     if not steps:
         return {"steps": 0.0}
     generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + shard.step * 1009 + rank)
@@ -148,17 +157,48 @@ def _learn(
     return {"steps": float(len(steps))} | update(policy, steps, config.train, generator, on_step)
 
 
-def plan_steps(shard: Shard, trajectories: Mapping[int, Trajectory], micro_batch: int) -> list[Step]:
+def plan_steps(
+    shard: Shard,
+    trajectories: Mapping[int, Trajectory],
+    micro_batch: int,
+    rendered: Mapping[tuple[int, int], np.ndarray] = MappingProxyType({}),
+) -> list[Step]:
     """The optimiser steps of a shard; each micro-batch is gathered when its turn comes."""
 
     def load(rows: np.ndarray) -> Batch:
         windows = [Window(int(i), int(start)) for i, start in shard.windows[rows]]
-        return gather(windows, trajectories, shard.advantages)
+        return gather(windows, trajectories, shard.advantages, rendered)
 
     return [
         Step([partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)], shard.batch_size)
         for rows in shard.order
     ]
+
+
+class RenderedFrames(dict[tuple[int, int], np.ndarray]):
+    """Frames made for training, by trajectory and step, fetched when first needed.
+
+    They are made in the order of their first use while the learner trains, so it waits only for what comes next.
+
+    Args:
+        batches: of a shard.
+        timeout_s: longest wait for one batch.
+    """
+
+    def __init__(self, batches: Sequence[FrameBatch], timeout_s: float) -> None:
+        super().__init__()
+        self._batches = {key: batch for batch in batches for key in batch.keys}
+        self._timeout_s = timeout_s
+        self.waited_s = 0.0
+        """Seconds spent waiting so far."""
+
+    def __missing__(self, key: tuple[int, int]) -> np.ndarray:
+        batch = self._batches[key]
+        started = time.perf_counter()
+        frames = ray.get(batch.reference[0], timeout=self._timeout_s)
+        self.waited_s += time.perf_counter() - started
+        self.update(zip(batch.keys, frames, strict=True))
+        return self[key]
 
 
 class _Trajectories(dict[int, Trajectory]):

@@ -36,7 +36,7 @@ class EnvConfig(_Section):
     """The task, its frames and its initial states."""
 
     id: str = "libero_object/0"
-    """Task: ``suite/index`` or ``suite/name``."""
+    """Task: ``suite/index`` or ``suite/name``, ``robosuite/Task`` or ``gymnasium/Id``; several with commas between."""
     image_size: int = Field(default=64, ge=16, le=1024)
     """Height and width of camera frames, in pixels."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -45,6 +45,11 @@ class EnvConfig(_Section):
     """Initial states to learn on: first, and one past the last."""
     eval_init_states: tuple[int, int] = (25, 50)
     """Held-out initial states for evaluation: first, and one past the last."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The tasks, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.id.split(",")))
 
 
 class PolicyConfig(_Section):
@@ -93,7 +98,9 @@ class DataConfig(_Section):
     """File of demonstrations, written by ``demos`` and read by ``sft``."""
     windows: Literal["seen", "all"] = "seen"
     """``seen``: train on windows that start where the policy looked (no frame is rendered for training alone);
-    ``all``: on every window, rendering the missing frames."""
+    ``all``: on any window; the missing frames of those that are drawn are rendered while the learner trains."""
+    distinct: int | None = Field(default=None, ge=1)
+    """Train on at most so many distinct windows in one update, drawn at random; on all of them by default."""
     tail: Literal["drop", "pad"] = "drop"
     """``drop``: a trajectory of L steps gives L − 49 full windows; ``pad``: also the 49 padded ones at its end."""
     short: Literal["pad", "drop"] = "pad"
@@ -156,6 +163,10 @@ class ScalingConfig(_Section):
     """Threads of each learner on a CPU; in synchronous mode actors are idle while it learns."""
     address: str | None = None
     """Address of a running Ray cluster (``auto`` inside a submitted job); a local one is started by default."""
+    hang_timeout_s: float = Field(default=15.0, gt=0.0)
+    """An actor whose simulator takes longer for one reset, step or frame is killed and started again."""
+    actor_memory_gb: float = Field(default=4.0, gt=0.0)
+    """An actor that has more memory for itself is killed and started again."""
     episode_timeout_s: float = Field(default=300.0, gt=0.0)
     """An actor that takes longer for one episode is killed and started again."""
     wait_timeout_s: float = Field(default=1800.0, gt=0.0)

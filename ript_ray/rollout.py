@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -108,21 +108,10 @@ def play(
     return recorder.finish(success, policy_version)
 
 
-def render_missing(env: World, trajectory: Trajectory) -> Trajectory:
-    """The same trajectory with a frame before every step, byte-identical to what the policy would have seen there."""
-    seen = {int(step): frames for step, frames in zip(trajectory.frame_steps, trajectory.frames, strict=True)}
-    before = env.render_seconds
-    frames = []
-    for step in range(len(trajectory)):
-        if step in seen:
-            frames.append(seen[step])
-        else:
-            frames.append(np.stack([env.render_ticket(trajectory.ticket(step), camera) for camera in env.cameras]))
-    return replace(
-        trajectory,
-        frames=np.stack(frames),
-        frame_steps=np.arange(len(trajectory), dtype=np.int32),
-        seconds=trajectory.seconds | {"render": trajectory.seconds["render"] + env.render_seconds - before},
+def render_steps(env: World, trajectory: Trajectory, steps: Sequence[int]) -> np.ndarray:
+    """The frames before these steps, byte-identical to what the policy would have seen there: uint8[n, C, H, W, 3]."""
+    return np.stack(
+        [np.stack([env.render_ticket(trajectory.ticket(step), camera) for camera in env.cameras]) for step in steps]
     )
 
 

@@ -69,6 +69,28 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class EpisodeRecord:
+    """What it takes to play an episode again and to tell whether it went the same way."""
+
+    context: Context
+    policy_version: int
+    success: bool
+    max_steps: int
+    image_size: int
+    actions: np.ndarray
+    """float32[L, A]"""
+    state_hashes: np.ndarray
+    """uint64[L + 1]"""
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, max_steps: int) -> EpisodeRecord:
+        """The record of a trajectory."""
+        t = trajectory
+        size = int(t.frames.shape[2])
+        return cls(t.context, t.policy_version, t.success, max_steps, size, t.actions, t.state_hashes)
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """A training sample as an index: the actions from ``start`` on, of one trajectory of the pool."""
 
@@ -133,3 +155,29 @@ class Shard:
     """Rows of ``windows`` of each optimiser step of this rank: int32[steps, batch_size / world]."""
     batch_size: int
     """Windows of all ranks together in one optimiser step."""
+    rendered: tuple[FrameBatch, ...] = ()
+    """Frames made for training, in the order of their first use."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBatch:
+    """Frames that are made, or will be, for windows of a shard."""
+
+    keys: tuple[tuple[int, int], ...]
+    """Trajectory and step of each."""
+    reference: list[Any]
+    """Object reference of the frames, uint8[len(keys), C, H, W, 3], in a list of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameJob:
+    """Frames to be made, all of one task."""
+
+    env_id: str
+    parts: tuple[tuple[int, list[Any], tuple[int, ...]], ...]
+    """Trajectory's identifier, its object reference in a list of one, and the steps."""
+
+    @property
+    def keys(self) -> tuple[tuple[int, int], ...]:
+        """Trajectory and step of each frame, in the order in which they are made."""
+        return tuple((identifier, step) for identifier, _, steps in self.parts for step in steps)

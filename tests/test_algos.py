@@ -50,24 +50,24 @@ def test_weighted_loss_against_a_plain_loop() -> None:
 
 def test_sampler_skips_states_that_always_succeed_and_measures_them_again() -> None:
     config = SamplingConfig(group_size=2, skip_after=1, remeasure_after=2, groups=1)
-    sampler = ContextSampler("libero_object/0", (0, 3), config, seed=0)
+    sampler = ContextSampler(["libero_object/0"], (0, 3), config, seed=0)
     visits = []
     for _ in range(9):
         group = sampler.next_group()
-        visits.append(group.init_state)
-        sampler.record(group, np.array([1.0, 1.0]) if group.init_state == 1 else np.array([1.0, 0.0]))
+        visits.append(group.start[1])
+        sampler.record(group, np.array([1.0, 1.0]) if group.start[1] == 1 else np.array([1.0, 0.0]))
     assert sampler.skipped == 2
     assert visits.count(1) < visits.count(0)
 
 
 def test_sampler_never_repeats_a_seed_and_is_reproducible() -> None:
     config = SamplingConfig(group_size=4)
-    a, b = (ContextSampler("libero_object/0", (0, 5), config, seed=7) for _ in range(2))
+    a, b = (ContextSampler(["libero_object/0"], (0, 5), config, seed=7) for _ in range(2))
     groups = [a.next_group() for _ in range(20)]
     assert groups == [b.next_group() for _ in range(20)]
     seeds = [context.seed for group in groups for context in group.contexts]
     assert len(set(seeds)) == 80
-    assert {group.init_state for group in groups[:5]} == set(range(5))
+    assert {group.start[1] for group in groups[:5]} == set(range(5))
 
 
 @pytest.mark.parametrize(("successes", "episodes"), [(0, 10), (5, 10), (10, 10), (24, 48)])

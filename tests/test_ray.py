@@ -21,7 +21,7 @@ from ray.util.state import list_actors
 
 from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
-from actors.rollout import RolloutActor, make_report
+from actors.rollout import EpisodeReport, RolloutActor
 from actors.weights import WeightStore
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
@@ -39,7 +39,7 @@ def add_group(pool: Any, group: int, outcomes: list[bool], version: int = 0, len
     verdict = None
     for k, outcome in enumerate(outcomes):
         trajectory = make_trajectory(length, outcome, version, seed=group * 10 + k)
-        report = make_report(trajectory, trajectory.seconds, 0.0)
+        report = EpisodeReport.of(trajectory, max_steps=length)
         verdict = ray.get(pool.add.remote(group, report, [ray.put(trajectory)]))
     return verdict
 
@@ -99,7 +99,7 @@ def rollout_actor(ray_cluster: None) -> Any:
     arrays = {name: tensor.numpy() for name, tensor in cpu_weights(policy).items()}
     ray.get(store.publish.remote(0, arrays, ""))
     actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(policy), "Weights")
-    ray.get(actor.renderer.remote(), timeout=120)
+    ray.get(actor.awake.remote(), timeout=120)
     return actor, store
 
 
@@ -109,9 +109,11 @@ def play_all(dispatcher: Dispatcher, seeds: list[int]) -> dict[int, Trajectory]:
         dispatcher.submit(Episode(0, Context("libero_object/0", 1, seed), guidance=1.0))
     played = {}
     while dispatcher.outstanding:
-        for episode, report, reference in dispatcher.wait():
-            played[episode.context.seed] = ray.get(reference)
-            assert report.length == len(played[episode.context.seed])
+        for outcome in dispatcher.wait():
+            assert outcome.report is not None
+            seed = outcome.episode.context.seed
+            played[seed] = ray.get(outcome.reference)
+            assert outcome.report.length == len(played[seed])
     return played
 
 
@@ -129,7 +131,7 @@ def test_an_actor_that_is_killed_costs_one_episode_which_is_played_again(rollout
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != process
     for seed in (5, 6):
         np.testing.assert_array_equal(played[seed].actions, undisturbed[seed].actions)
-        np.testing.assert_array_equal(played[seed].qpos, undisturbed[seed].qpos)
+        np.testing.assert_array_equal(played[seed].state_hashes, undisturbed[seed].state_hashes)
         np.testing.assert_array_equal(played[seed].frames, undisturbed[seed].frames)
 
 

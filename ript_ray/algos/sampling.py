@@ -1,7 +1,8 @@
-"""Which initial states to try next: dynamic sampling with a skip list."""
+"""Which initial states of which tasks to try next: dynamic sampling with a skip list."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,22 @@ class Group:
     """K rollouts of one initial state, compared with each other."""
 
     id: int
-    init_state: int
+    start: tuple[str, int]
+    """Task and initial state."""
     contexts: tuple[Context, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A task, or one initial state of it, that the rest of the run does without."""
+
+    env_id: str
+    init_state: int | None
+    """None: the whole task."""
+    reason: str
+
+
+_STATES_TO_SET_TASK_ASIDE = 3
 
 
 class ContextSampler:
@@ -26,50 +41,71 @@ class ContextSampler:
     ``remeasure_after`` skips it is tried again, since the policy may have forgotten it.
 
     Args:
-        env_id: the task.
+        env_ids: the tasks.
         init_states: first and one past the last initial state to learn on.
         config: group size and skip rule.
         seed: makes the sequence reproducible.
     """
 
-    def __init__(self, env_id: str, init_states: tuple[int, int], config: SamplingConfig, seed: int) -> None:
-        self._env_id = env_id
-        self._states = list(range(*init_states))
+    def __init__(self, env_ids: Sequence[str], init_states: tuple[int, int], config: SamplingConfig, seed: int) -> None:
+        self._starts = [(env_id, state) for env_id in env_ids for state in range(*init_states)]
         self._config = config
         self._rng = np.random.default_rng(seed)
         self._seed = seed
-        self._order: list[int] = []
-        self._perfect = dict.fromkeys(self._states, 0)
-        self._passed_over = dict.fromkeys(self._states, 0)
+        self._order: list[tuple[str, int]] = []
+        self._perfect = dict.fromkeys(self._starts, 0)
+        self._passed_over = dict.fromkeys(self._starts, 0)
         self._groups = 0
         self.skipped = 0
         """How often a state was passed over."""
+        self.aside: list[SetAside] = []
+        """What is not tried any more."""
 
     def next_group(self) -> Group:
         """The next group to roll out."""
-        state = self._next_state()
+        start = self._next_start()
         group, size = self._groups, self._config.group_size
         self._groups += 1
         # Distinct seeds within a run and between runs; evaluation seeds lie elsewhere (see EvalConfig.seed).
         first = 2_000_000 + self._seed * 10_000_000 + group * size
-        return Group(group, state, tuple(Context(self._env_id, state, first + k) for k in range(size)))
+        return Group(group, start, tuple(Context(*start, first + k) for k in range(size)))
 
     def record(self, group: Group, rewards: np.ndarray) -> None:
         """Note the result of a finished group."""
         perfect = bool((np.asarray(rewards) >= 1.0).all())
-        self._perfect[group.init_state] = self._perfect[group.init_state] + 1 if perfect else 0
+        self._perfect[group.start] = self._perfect[group.start] + 1 if perfect else 0
 
-    def _next_state(self) -> int:
+    def set_aside(self, context: Context, reason: str) -> None:
+        """Try this initial state no more, since its environment fails; after three of them, the task no more.
+
+        Raises:
+            RuntimeError: when nothing is left to try.
+        """
+        dropped = {(context.env_id, context.init_state)} & set(self._starts)
+        self.aside += [SetAside(context.env_id, context.init_state, reason)] * len(dropped)
+        if sum(entry.env_id == context.env_id for entry in self.aside) == _STATES_TO_SET_TASK_ASIDE:
+            dropped |= {start for start in self._starts if start[0] == context.env_id}
+            self.aside.append(SetAside(context.env_id, None, f"{_STATES_TO_SET_TASK_ASIDE} initial states fail"))
+        self._starts = [start for start in self._starts if start not in dropped]
+        self._order = [start for start in self._order if start not in dropped]
+        if not self._starts:
+            raise RuntimeError(f"the environments of all tasks fail again and again; last: {reason}")
+
+    def is_aside(self, context: Context) -> bool:
+        """Was its initial state or its task set aside?"""
+        return any(e.env_id == context.env_id and e.init_state in (None, context.init_state) for e in self.aside)
+
+    def _next_start(self) -> tuple[str, int]:
         # A whole pass may be skipped, but each pass brings every state closer to being measured again.
         while True:
             if not self._order:
-                self._order = list(self._rng.permutation(self._states))
-            state = int(self._order.pop())
-            if self._perfect[state] < self._config.skip_after:
-                return state
-            if self._passed_over[state] >= self._config.remeasure_after:
-                self._passed_over[state] = 0
-                self._perfect[state] = 0
-                return state
-            self._passed_over[state] += 1
+                self._order = [self._starts[i] for i in self._rng.permutation(len(self._starts))]
+            start = self._order.pop()
+            if self._perfect[start] < self._config.skip_after:
+                return start
+            if self._passed_over[start] >= self._config.remeasure_after:
+                self._passed_over[start] = 0
+                self._perfect[start] = 0
+                return start
+            self._passed_over[start] += 1
             self.skipped += 1

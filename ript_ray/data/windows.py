@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -37,8 +38,19 @@ def seen_starts(trajectory: Trajectory, short: Short = "pad", tail: Tail = "drop
     return [int(step) for step in trajectory.frame_steps if int(step) in starts]
 
 
-def gather(windows: Sequence[Window], trajectories: Mapping[int, Trajectory], advantages: Mapping[int, float]) -> Batch:
+def gather(
+    windows: Sequence[Window],
+    trajectories: Mapping[int, Trajectory],
+    advantages: Mapping[int, float],
+    rendered: Mapping[tuple[int, int], np.ndarray] = MappingProxyType({}),
+) -> Batch:
     """Copy the data of ``windows`` into one batch. Padded steps repeat the last action and are marked invalid.
+
+    Args:
+        windows: what to gather.
+        trajectories: by identifier.
+        advantages: by identifier.
+        rendered: frames that were made for training, by trajectory and step: uint8[C, H, W, 3].
 
     Raises:
         KeyError: when a window's frame was never rendered.
@@ -47,12 +59,9 @@ def gather(windows: Sequence[Window], trajectories: Mapping[int, Trajectory], ad
     frames, states, actions, valid = [], [], [], []
     for window in windows:
         trajectory = trajectories[window.trajectory]
-        row = int(np.searchsorted(trajectory.frame_steps, window.start))
-        if row == len(trajectory.frame_steps) or trajectory.frame_steps[row] != window.start:
-            raise KeyError(f"no frame at step {window.start} of trajectory {window.trajectory}")
         source = trajectory.actions if trajectory.labels is None else trajectory.labels
         index = window.start + steps
-        frames.append(trajectory.frames[row])
+        frames.append(_frame(window, trajectory, rendered))
         states.append(trajectory.states[window.start])
         actions.append(source[np.minimum(index, len(trajectory) - 1)])
         valid.append(index < len(trajectory))
@@ -64,6 +73,16 @@ def gather(windows: Sequence[Window], trajectories: Mapping[int, Trajectory], ad
         advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
         instructions=[trajectories[w.trajectory].instruction for w in windows],
     )
+
+
+def _frame(window: Window, trajectory: Trajectory, rendered: Mapping[tuple[int, int], np.ndarray]) -> np.ndarray:
+    row = int(np.searchsorted(trajectory.frame_steps, window.start))
+    if row < len(trajectory.frame_steps) and trajectory.frame_steps[row] == window.start:
+        return trajectory.frames[row]
+    try:
+        return rendered[window.trajectory, window.start]
+    except KeyError as error:
+        raise KeyError(f"no frame at step {window.start} of trajectory {window.trajectory}") from error
 
 
 def shuffled_batches(count: int, epochs: int, batch_size: int, seed: Sequence[int]) -> np.ndarray:

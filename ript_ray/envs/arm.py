@@ -88,7 +88,8 @@ class ArmWorld(World):
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
         init_state = check_options(options, self)
         started = time.perf_counter()
-        self._start(seed, init_state)
+        with self.guard("reset"):
+            self._start(seed, init_state)
         self.elapsed_steps, self._over = 0, False
         self.physics_seconds += time.perf_counter() - started
         return self._require_observation(), {"seed": seed, "init_state": init_state}
@@ -99,7 +100,8 @@ class ArmWorld(World):
             raise gym.error.ResetNeeded("the episode is over: call reset() before step()")
         action = check_action(action, self.action_dim)
         started = time.perf_counter()
-        success = self._advance(action)
+        with self.guard("step"):
+            success = self._advance(action)
         self.physics_seconds += time.perf_counter() - started
         self.elapsed_steps += 1
         truncated = not success and self.elapsed_steps >= self.max_steps
@@ -114,7 +116,8 @@ class ArmWorld(World):
         return self._scene
 
     def render_ticket(self, ticket: Ticket, camera: str, size: int | None = None) -> np.ndarray:
-        return self._renderer.render(ticket, camera, size)
+        with self.guard("render"):
+            return self._renderer.render(ticket, camera, size)
 
     def state_hash(self) -> int:
         data = self._env.sim.data._data
@@ -198,7 +201,7 @@ class ArmWorld(World):
         site_alpha = self._env.sim.model._model.site_rgba[:, 3].copy()
         ticket = {"qpos": sample.seen_qpos, "site_alpha": site_alpha, **self._scene}
         values = {"state": state, "instruction": self.instruction}
-        self._observation = LazyObservation(values, self.cameras, ticket, self._renderer.render)
+        self._observation = LazyObservation(values, self.cameras, ticket, self.render_ticket)
         self._sample = sample
 
     def _require_observation(self) -> LazyObservation:

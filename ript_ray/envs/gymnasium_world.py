@@ -82,7 +82,8 @@ class GymnasiumWorld(World):
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
         init_state = check_options(options, self)
         started = time.perf_counter()
-        observation, _ = self._env.reset(seed=seed if init_state is None else init_state)
+        with self.guard("reset"):
+            observation, _ = self._env.reset(seed=seed if init_state is None else init_state)
         self.physics_seconds += time.perf_counter() - started
         self.elapsed_steps, self._over = 0, False
         return self._observe(observation), {"seed": seed, "init_state": init_state}
@@ -95,7 +96,8 @@ class GymnasiumWorld(World):
         started = time.perf_counter()
         scaled = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
         space = self._env.action_space
-        observation, _, ended, _, info = self._env.step(scaled.reshape(space.shape).astype(space.dtype))
+        with self.guard("step"):
+            observation, _, ended, _, info = self._env.step(scaled.reshape(space.shape).astype(space.dtype))
         self.physics_seconds += time.perf_counter() - started
         if "success" not in info:
             raise UserError(f"env.id={self.id!r}: step() returned no info['success']; wrap the environment to say so")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, ItemsView, ValuesView
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -84,6 +85,8 @@ class World(gym.Env[LazyObservation, np.ndarray], abc.ABC):
     """Seconds spent in `reset` and `step` since construction."""
     elapsed_steps: int = 0
     """Steps since the last reset."""
+    guard: Callable[[str], AbstractContextManager[None]] = staticmethod(lambda operation: nullcontext())
+    """Entered with the name of each operation of the simulator, so that somebody outside can watch it."""
 
     @abc.abstractmethod
     def scene(self) -> Ticket:

@@ -133,8 +133,9 @@ class SamplePool:
         """
         for job, reference in zip(jobs, references, strict=True):
             batch = FrameBatch(job.keys, [reference])
-            cameras = self._samples[batch.keys[0][0]].report.cameras
-            self._count.frames += cameras * len(batch.keys)
+            report = self._samples[batch.keys[0][0]].report
+            if report.frames < report.eager_frames:  # else every frame came with its step
+                self._count.frames += report.cameras * len(batch.keys)
             self._rendered |= dict.fromkeys(batch.keys, batch)
         whole = self._sealing
         needed = dict.fromkeys(self._rendered[key] for key in self._drawn(whole.windows, whole.order))

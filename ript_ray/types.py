@@ -159,7 +159,7 @@ class Shard:
     """Frames made for training, in the order of their first use."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FrameBatch:
     """Frames that are made, or will be, for windows of a shard."""
 

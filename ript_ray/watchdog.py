@@ -41,8 +41,9 @@ class Watchdog:
             self._memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
             settings = [str(file.fileno()), str(os.getpid()), str(memory_mb), str(last_words)]
             self._child = subprocess.Popen(
-                [sys.executable, "-S", "-E", __file__, *settings],
+                [sys.executable, "-I", "-S", __file__, *settings],
                 pass_fds=[file.fileno()],
+                start_new_session=True,  # else it could be taken down together with what it watches
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )

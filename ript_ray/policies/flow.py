@@ -176,13 +176,13 @@ def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) 
     """Augmentation: shift each row's frames (uint8[B, C, H, W, 3]) by up to ``pixels``, repeating the border."""
     if pixels == 0:
         return frames
-    size = frames.shape[2]
-    offsets = torch.randint(-pixels, pixels + 1, (len(frames), 2, 2), generator=generator).to(frames.device)
+    cameras, size = frames.shape[1:3]
+    offsets = torch.randint(-pixels, pixels + 1, (len(frames), cameras, 2), generator=generator).to(frames.device)
     steps = torch.arange(size, device=frames.device)
     rows = (steps + offsets[..., :1]).clamp(0, size - 1)
     columns = (steps + offsets[..., 1:]).clamp(0, size - 1)
     batch = torch.arange(len(frames), device=frames.device)[:, None, None, None]
-    camera = torch.arange(2, device=frames.device)[None, :, None, None]
+    camera = torch.arange(cameras, device=frames.device)[None, :, None, None]
     return frames[batch, camera, rows[..., :, None], columns[..., None, :]]
 
 

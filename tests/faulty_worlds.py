@@ -1,0 +1,69 @@
+"""Environments that really hang, crash or leak, for gymnasium's registry: ``tests.faulty_worlds:Hang-v0`` and so on.
+
+The fault strikes once, in the third step of the first episode after the environment variable's file has vanished, or
+always where the name says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from ript_ray.envs.point_reach import PointReach
+
+ARMED = "RIPT_RAY_TEST_FAULT"
+"""Names a file; while it is there the next fault strikes, and takes the file away."""
+
+
+def hang() -> None:
+    """In C, and without letting other Python threads run."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+def crash() -> None:
+    """A segmentation fault."""
+    ctypes.string_at(0)
+
+
+def leak() -> None:
+    """Fill a gigabyte and a half, and keep it."""
+    _KEPT.append(np.ones(190_000_000))
+
+
+_KEPT: list[np.ndarray] = []
+
+
+class Faulty(PointReach):
+    """A `PointReach` with a fault."""
+
+    def __init__(self, fault: Any, always: bool = False) -> None:
+        super().__init__()
+        self._fault, self._always = fault, always
+        self._steps = 0
+
+    def reset(self, **arguments: Any) -> Any:
+        self._steps = 0
+        return super().reset(**arguments)
+
+    def step(self, action: np.ndarray) -> Any:
+        self._steps += 1
+        if self._steps == 3 and (self._always or self._disarm()):
+            self._fault()
+        return super().step(action)
+
+    def _disarm(self) -> bool:
+        armed = Path(os.environ.get(ARMED, "/nowhere/at/all"))
+        if not armed.exists():
+            return False
+        armed.unlink()
+        return True
+
+
+for name, fault in (("Hang", hang), ("Crash", crash), ("Leak", leak)):
+    gym.register(f"{name}-v0", entry_point=Faulty, kwargs={"fault": fault}, max_episode_steps=20)
+gym.register("AlwaysCrash-v0", entry_point=Faulty, kwargs={"fault": crash, "always": True}, max_episode_steps=20)

@@ -1,0 +1,209 @@
+"""Simulators that really hang, crash and leak: the actor is replaced, the episode played again, the run goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from faulty_worlds import ARMED
+
+from actors.coordinator import Coordinator
+from actors.dispatcher import Dispatcher, Episode
+from actors.pool import SamplePool
+from actors.rollout import RolloutActor
+from actors.weights import WeightStore
+from cluster.session import ResourcePlan, ray_session
+from ript_ray.config import Config, ScalingConfig
+from ript_ray.policies.checkpoints import cpu_weights, describe, weights_sha256
+from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Context, Trajectory
+from ript_ray.watchdog import Watchdog
+
+pytestmark = pytest.mark.ray
+
+HEALTHY = "gymnasium/ript_ray/PointReach-v0"
+
+
+def point_policy() -> FlowPolicy:
+    """An untrained policy for `PointReach`."""
+    torch.manual_seed(0)
+    transform = Transform((0.5,) * 2, (0.3,) * 2, (0.0,) * 2, (0.5,) * 2, (False,) * 2, image_size=32)
+    sizes = FlowConfig(action_dim=2, state_dim=2, cameras=1, channels=8, context=32, width=32, depth=1)
+    return FlowPolicy(sizes, transform, torch.zeros(50, 2), torch.ones(50, 2))
+
+
+def point_config(env_id: str, **scaling: Any) -> Config:
+    """Settings for tests that are about mechanics."""
+    return Config.model_validate(
+        {
+            "env": {"id": env_id, "image_size": 32, "max_steps": 20},
+            "sampling": {"group_size": 2, "groups": 2, "max_groups": 4},
+            "train": {"updates": 1, "objective": "imitation", "batch_size": 4, "micro_batch": 4, "epochs": 1},
+            "eval": {"episodes": 4},
+            "scaling": {"actors": 1, "wait_timeout_s": 120, **scaling},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray session whose actors see the file that arms a fault."""
+    file = tmp_path_factory.mktemp("faults") / "armed"
+    os.environ[ARMED] = str(file)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    scaling = ScalingConfig(actors=1)
+    with ray_session(scaling, ResourcePlan.of(scaling)):
+        policy = point_policy()
+        store = WeightStore.options(name="Weights").remote()
+        weights = cpu_weights(policy)
+        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)))
+        yield file
+    del os.environ[ARMED], os.environ["PYTHONPATH"]
+
+
+def start_actor(config: Config) -> Any:
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(point_policy()), "Weights")
+    ray.get(actor.awake.remote(), timeout=60)
+    return actor
+
+
+def play(dispatcher: Dispatcher, env_id: str) -> list[Trajectory]:
+    contexts = [Context(env_id, state, 7 + state) for state in range(3)]
+    for context in contexts:
+        dispatcher.submit(Episode(0, context, guidance=1.0))
+    played: dict[Context, Trajectory] = {}
+    while dispatcher.outstanding:
+        for outcome in dispatcher.wait():
+            assert outcome.report is not None, outcome.reason
+            played[outcome.episode.context] = ray.get(outcome.reference)
+    return [played[context] for context in contexts]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("Hang", "'step' took longer than 3 s"),
+        ("Crash", "the process died in 'step'"),
+        ("Leak", "MB is more than the 1200 MB allowed"),
+    ],
+)
+def test_a_faulty_simulator_costs_seconds_and_no_episode(armed: Path, fault: str, words: str) -> None:
+    env_id = f"gymnasium/tests.faulty_worlds:{fault}-v0"
+    # To fill so much memory takes a while by itself.
+    config = point_config(env_id, hang_timeout_s=3 if fault == "Hang" else 20, actor_memory_gb=1.2)
+    actor = start_actor(config)
+    undisturbed = play(Dispatcher([actor], config.scaling), env_id)
+    started = time.monotonic()
+    armed.touch()
+    dispatcher = Dispatcher([actor], config.scaling)
+    disturbed = play(dispatcher, env_id)
+    assert time.monotonic() - started < 30
+    assert not armed.exists()
+    assert any(words in error for error in dispatcher.errors), dispatcher.errors
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        np.testing.assert_array_equal(before.actions, after.actions)
+        np.testing.assert_array_equal(before.state_hashes, after.state_hashes)
+        np.testing.assert_array_equal(before.frames, after.frames)
+    ray.kill(actor)
+
+
+def test_a_task_that_always_fails_is_set_aside_and_the_rest_goes_on(armed: Path, tmp_path: Path) -> None:
+    broken = "gymnasium/tests.faulty_worlds:AlwaysCrash-v0"
+    # The actor begins with the healthy task: the other one crashes while it is warmed up already.
+    config = point_config(f"{HEALTHY},{broken}")
+    env = config.env.model_copy(update={"train_init_states": (0, 3)})
+    sampling = config.sampling.model_copy(update={"groups": 3, "max_groups": 6})
+    config = config.model_copy(update={"env": env, "sampling": sampling})
+    actor, pool = start_actor(config), SamplePool.remote(config)
+    store = ray.get_actor("Weights")
+    coordinator = Coordinator.remote(config, [actor], pool, store, tmp_path)
+    ray.get(coordinator.run.remote(), timeout=240)
+    totals = ray.get(coordinator.totals.remote())
+    assert {entry["env_id"] for entry in totals["set_aside"]} == {broken}
+    assert "failed 3 times: the process died in 'step'" in totals["set_aside"][0]["reason"]
+    shard = ray.get(pool.next_shard.remote(0, 0, 1, 5.0))
+    trajectories = [ray.get(reference) for reference in shard.trajectories.values()]
+    assert len(trajectories) == 6
+    assert {trajectory.context.env_id for trajectory in trajectories} == {HEALTHY}
+    outcome = ray.get(coordinator.evaluate.remote("evaluating"), timeout=240)
+    assert [result is None for result in outcome["results"]] == [False, True, False, True]
+    assert len(list((tmp_path / "episodes").glob("*.safetensors"))) == totals["episodes"] + 2
+    for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+def test_when_nothing_is_left_the_run_ends_with_the_reason(armed: Path) -> None:
+    config = point_config(HEALTHY)
+    from ript_ray.algos.sampling import ContextSampler
+
+    sampler = ContextSampler(["a", "b"], (0, 5), config.sampling, seed=0)
+    for state in range(3):
+        sampler.set_aside(Context("a", state, 0), "it hangs")
+    assert [entry.init_state for entry in sampler.aside] == [0, 1, 2, None]
+    assert {sampler.next_group().start[0] for _ in range(10)} == {"b"}
+    sampler.set_aside(Context("b", 0, 0), "it crashes")
+    sampler.set_aside(Context("b", 1, 0), "it crashes")
+    with pytest.raises(RuntimeError, match="fail again and again; last: it crashes"):
+        sampler.set_aside(Context("b", 2, 0), "it crashes")
+
+
+def test_frames_for_training_are_made_once_and_only_for_what_is_drawn(armed: Path) -> None:
+    from learner.loop import RenderedFrames, plan_steps
+
+    config = point_config(HEALTHY)
+    data = config.data.model_copy(update={"windows": "all", "distinct": 20, "tail": "pad"})
+    config = config.model_copy(update={"data": data})
+    actor, pool = start_actor(config), SamplePool.remote(config)
+    coordinator = Coordinator.remote(config, [actor], pool, ray.get_actor("Weights"))
+    ray.get(coordinator.run.remote(), timeout=120)
+    shard = ray.get(pool.next_shard.remote(0, 0, 1, 5.0))
+    assert len({tuple(window) for window in shard.windows.tolist()}) == 20
+    keys = [key for batch in shard.rendered for key in batch.keys]
+    seen = {i: set(ray.get(reference).frame_steps.tolist()) for i, reference in shard.trajectories.items()}
+    expected = {(i, start) for i, start in map(tuple, shard.windows.tolist()) if start not in seen[i]}
+    assert len(keys) == len(set(keys))
+    assert set(keys) == expected
+    rendered = RenderedFrames(shard.rendered, timeout_s=30)
+    trajectories = {i: ray.get(reference) for i, reference in shard.trajectories.items()}
+    used = [batch for step in plan_steps(shard, trajectories, 4, rendered) for load in step.micro_batches for batch in [load()]]
+    assert sum(len(batch) for batch in used) == shard.order.size
+    # This task's tickets are its frames, so the truth is at hand.
+    for (i, step), frames in rendered.items():
+        np.testing.assert_array_equal(frames[0], trajectories[i].tickets["view"][step])
+    for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+def test_the_watchdog_ends_a_process_that_outstays_its_limit(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from ript_ray.watchdog import Watchdog\n"
+        "dog = Watchdog(Path(sys.argv[1]), 1e6)\n"
+        "with dog.guard('outer', 60):\n"
+        "    with dog.guard('inner', 60): pass\n"
+        "with dog.guard('sleep', 0.5): time.sleep(30)\n"
+    )
+    words = tmp_path / "words"
+    done = subprocess.run([sys.executable, "-c", program, str(words)], timeout=20, check=False)
+    assert done.returncode == -9
+    assert Watchdog(words, 1e6).earlier == "ended by its watchdog: 'sleep' took longer than 0.5 s"
+    assert not words.exists()
+
+
+def test_the_watchdog_leaves_nothing_behind_a_process_that_ends_well(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path / "words", 1e6)
+    with dog.guard("step", 60):
+        pass
+    time.sleep(0.6)
+    dog.close()
+    assert not (tmp_path / "words").exists()

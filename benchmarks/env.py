@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,24 +84,45 @@ def _episode(env: Any, actions: np.ndarray, look_every: int) -> None:
 
 
 def _control_step(env: Any) -> dict[str, Any]:
-    """A control step against 25 `mj_step` of the same model from the same state, in turns."""
+    """A control step against 25 `mj_step` of the same model from the same state, in turns.
+
+    Beside it, what the same bits demand of MuJoCo alone: robosuite solves the constraints of each substep three times,
+    and each solution starts from the one before.
+    """
     env.reset(seed=SEED, options={"init_state": INIT_STATE})
     env.max_steps = 10**9
     model, data = env.simulation.sim.model._model, env.simulation.sim.data._data
     bare_data = mujoco.MjData(model)
     state = np.zeros(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
-    ours, bare = [], []
+    ours, bare, demanded = [], [], []
+
+    def substep() -> None:
+        mujoco.mj_forwardSkip(model, bare_data, int(mujoco.mjtStage.mjSTAGE_NONE), 1)
+        mujoco.mj_fwdConstraint(model, bare_data)
+        mujoco.mj_fwdActuation(model, bare_data)
+        mujoco.mj_fwdAcceleration(model, bare_data)
+        mujoco.mj_fwdConstraint(model, bare_data)
+        mujoco.mj_Euler(model, bare_data)
+
     for action in random_actions(STEPS, SEED):
         mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
         mujoco.mj_setState(model, bare_data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        bare.append(timed(lambda: [mujoco.mj_step(model, bare_data) for _ in range(25)]))
+        bare.append(timed(partial(_repeat, partial(mujoco.mj_step, model, bare_data))))
+        mujoco.mj_setState(model, bare_data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        demanded.append(timed(partial(_repeat, substep)))
         ours.append(timed(partial(env.step, action)))
         env._over = False
     return {
         "control_step_over_physics": statistics.median(o / b for o, b in zip(ours, bare, strict=True)),
+        "demanded_calls_over_physics": statistics.median(d / b for d, b in zip(demanded, bare, strict=True)),
         "control_step_ms": 1e3 * statistics.median(ours),
         "physics_ms": 1e3 * statistics.median(bare),
     }
+
+
+def _repeat(substep: Callable[[], None]) -> None:
+    for _ in range(25):
+        substep()
 
 
 def _stock_figures(env_id: str, size: int, actions: np.ndarray, seconds: dict[int, float]) -> dict[str, Any]:

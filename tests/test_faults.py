@@ -176,7 +176,12 @@ def test_frames_for_training_are_made_once_and_only_for_what_is_drawn(armed: Pat
     assert set(keys) == expected
     rendered = RenderedFrames(shard.rendered, timeout_s=30)
     trajectories = {i: ray.get(reference) for i, reference in shard.trajectories.items()}
-    used = [batch for step in plan_steps(shard, trajectories, 4, rendered) for load in step.micro_batches for batch in [load()]]
+    used = [
+        batch
+        for step in plan_steps(shard, trajectories, 4, rendered)
+        for load in step.micro_batches
+        for batch in [load()]
+    ]
     assert sum(len(batch) for batch in used) == shard.order.size
     # This task's tickets are its frames, so the truth is at hand.
     for (i, step), frames in rendered.items():

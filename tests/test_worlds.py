@@ -1,0 +1,215 @@
+"""Worlds besides LIBERO: robosuite's own tasks against the stock ones, and a gymnasium environment from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from test_launch import launch
+
+from benchmarks.stock import random_actions
+from ript_ray.data.storage import load_episode, save_episode
+from ript_ray.envs import make
+from ript_ray.envs.gymnasium_world import GymnasiumWorld
+from ript_ray.envs.tasks import ROBOSUITE_TASKS
+from ript_ray.errors import UserError
+from ript_ray.replay import replay_episode
+
+IMAGES = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
+STEPS = 60
+
+
+def stock_robosuite(name: str) -> Any:
+    """As the docstring of `RobosuiteEnv` describes it."""
+    import robosuite
+
+    np.random.seed(0)
+    return robosuite.make(
+        name,
+        robots="Panda",
+        controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+        has_renderer=False,
+        has_offscreen_renderer=True,
+        use_camera_obs=True,
+        camera_names=["agentview", "robot0_eye_in_hand"],
+        camera_heights=48,
+        camera_widths=48,
+        control_freq=20,
+        horizon=10**9,
+        hard_reset=False,
+    )
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("Lift", "Door") else pytest.mark.slow) for n in ROBOSUITE_TASKS]
+)
+def test_a_robosuite_task_equals_the_stock_one_bit_for_bit(name: str) -> None:
+    env: Any = make(f"robosuite/{name}", image_size=48, max_steps=STEPS)
+    env.reset(seed=1)
+    for action in random_actions(5, seed=1):
+        env.step(action)
+    actions = random_actions(STEPS, seed=2)
+    observation, _ = env.reset(seed=9, options={"init_state": 4})
+    seen, low_dim, states = [], [], []
+    for action in actions:
+        observation, *_ = env.step(action)
+        env._over = False
+        seen.append(observation)
+        low_dim.append(env.low_dim())
+        states.append(np.concatenate([env.simulation.sim.data.qpos, env.simulation.sim.data.qvel]))
+    frames = {step: {camera: seen[step][camera] for camera in IMAGES} for step in (0, 3)}
+    env.close()
+
+    stock = stock_robosuite(name)
+    np.random.seed(4)
+    stock.robots[0].gripper.current_action = np.zeros(1)
+    stock.reset()
+    for step, action in enumerate(actions):
+        if step == 4:  # no more frames are compared; what is rendered changes nothing else
+            for image in IMAGES.values():
+                stock.modify_observable(image, "enabled", False)
+        returned, *_ = stock.step(action)
+        np.testing.assert_array_equal(states[step], np.concatenate([stock.sim.data.qpos, stock.sim.data.qvel]))
+        for key, value in returned.items():
+            if key not in IMAGES.values():
+                np.testing.assert_array_equal(low_dim[step][key], value, err_msg=key)
+        if step in frames:
+            for camera, image in IMAGES.items():
+                np.testing.assert_array_equal(frames[step][camera], returned[image][::-1, ::-1])
+    stock.sim._render_context_offscreen.gl_ctx.make_current()
+    stock.close()
+
+
+@pytest.mark.ray
+def test_a_gymnasium_environment_from_demonstrations_to_a_better_policy(tmp_path: Path) -> None:
+    """A task that is not robosuite's: demonstrations, imitation, reinforcement learning, replay."""
+    common = (
+        "env.id=gymnasium/ript_ray/PointReach-v0",
+        "env.image_size=32",
+        "env.max_steps=40",
+        f"data.demos={tmp_path}/demos.safetensors",
+        "data.tail=pad",
+    )
+    demos = ("demos.episodes=20", "demos.noise=0.3", "demos.frame_every=2")
+    done = launch("demos", *demos, *common, f"run.dir={tmp_path}/demos")
+    assert done.returncode == 0, done.stderr
+    done = launch("sft", "sft.steps=40", f"sft.output={tmp_path}/policy", *common, f"run.dir={tmp_path}/sft")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    done = launch(
+        "train",
+        *common,
+        f"run.dir={run}",
+        f"policy.checkpoint={tmp_path}/policy",
+        "data.windows=all",
+        "train.objective=imitation",
+        "sampling.groups=2",
+        "sampling.max_groups=2",
+        "sampling.group_size=2",
+        "train.updates=1",
+        "train.epochs=1",
+        "eval.episodes=4",
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["episodes"] == 12
+    assert summary["frames"]["share"] == 1.0  # this world cannot draw a frame later, so none was made twice
+    assert summary["set_aside"] == []
+    episodes = sorted((run / "episodes").glob("*.safetensors"))
+    assert len(episodes) == 12
+    done = launch("replay", str(episodes[5]), "--json", str(tmp_path / "replay.json"))
+    assert done.returncode == 0, done.stderr
+    assert "identical at every step" in done.stdout
+    assert json.loads((tmp_path / "replay.json").read_text())["identical"]
+    assert episodes[5].with_suffix(".mp4").exists()
+
+
+def test_a_replay_says_where_it_first_goes_another_way(tmp_path: Path) -> None:
+    from ript_ray.rollout import Recorder
+    from ript_ray.types import Context, EpisodeRecord
+
+    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=15)
+    context = Context(env.id, init_state=3, seed=1)
+    observation, _ = env.reset(seed=1, options={"init_state": 3})
+    recorder = Recorder(env, context)
+    recorder.look(observation)
+    for action in np.random.default_rng(0).uniform(-0.2, 0.2, (15, 2)).astype(np.float32):
+        recorder.add(observation, action)
+        observation, *_ = env.step(action)
+    record = EpisodeRecord.of(recorder.finish(success=False, policy_version=0), env.max_steps)
+    save_episode(tmp_path / "same.safetensors", record)
+    result, frames = replay_episode(tmp_path / "same.safetensors")
+    assert result.identical
+    assert frames.shape == (8, 256, 256, 3)
+    record.actions[6] += 0.1  # the seventh action leads to another seventh state
+    save_episode(tmp_path / "other.safetensors", record)
+    result, _ = replay_episode(tmp_path / "other.safetensors")
+    assert result.first_difference == 7
+    assert "states differ from step 7 on" in result.describe()
+    assert load_episode(tmp_path / "other.safetensors")[0].context == context
+    with pytest.raises(UserError, match="RUN_DIR/episodes"):
+        load_episode(tmp_path / "absent")
+
+
+@pytest.mark.libero
+def test_a_libero_episode_replays_to_the_bit(tmp_path: Path) -> None:
+    from conftest import make_policy
+
+    from ript_ray.rollout import play
+    from ript_ray.types import Context, EpisodeRecord
+
+    env = make("libero_object/1", image_size=32, max_steps=12)
+    context = Context(env.id, init_state=2, seed=77)
+    settings = {"policy_version": 0, "execute": 5, "denoise_steps": 2, "guidance": 1.0}
+    trajectory = play(env, make_policy(), context, **settings)
+    env.close()
+    save_episode(tmp_path / "e.safetensors", EpisodeRecord.of(trajectory, 12))
+    result, frames = replay_episode(tmp_path / "e.safetensors")
+    assert result.identical, result.describe()
+    assert len(frames) == 7
+
+
+class NoSuccess(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """Says nothing of success."""
+
+    observation_space = gym.spaces.Dict(  # type: ignore[assignment]
+        {"view": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), "state": gym.spaces.Box(0, 1, (1,), np.float32)}
+    )
+    action_space = gym.spaces.Box(-2.0, 6.0, (1,), np.float32)
+    actions: list[float] = []  # noqa: RUF012
+
+    def reset(self, **_: Any) -> Any:
+        return self._seen(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        self.actions.append(float(action[0]))
+        return self._seen(), 0.0, False, False, {}
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        return {"view": np.zeros((8, 8, 3), np.uint8), "state": np.zeros(1, np.float32)}
+
+
+gym.register("tests/NoSuccess-v0", entry_point=NoSuccess)
+
+
+def test_what_a_gymnasium_environment_lacks_is_named() -> None:
+    with pytest.raises(UserError, match="expected a dictionary with frames"):
+        GymnasiumWorld("CartPole-v1", 32)
+    with pytest.raises(UserError, match="doesn't exist"):
+        GymnasiumWorld("Nowhere-v0", 32)
+    with pytest.raises(UserError, match=r"set env\.image_size=8"):
+        GymnasiumWorld("tests/NoSuccess-v0", 32)
+    world = GymnasiumWorld("tests/NoSuccess-v0", 8)
+    world.reset(seed=0)
+    with pytest.raises(UserError, match=r"no info\['success'\]"):
+        world.step(np.array([0.5]))
+    assert NoSuccess.actions == [4.0]  # 0.5 of [−1, 1] is three quarters of the way from −2 to 6
+    with pytest.raises(UserError, match="did you mean 'PickPlaceCan'"):
+        make("robosuite/PickPlaceCans")
+    with pytest.raises(UserError, match="unknown suite"):
+        make("robosuit/Lift")

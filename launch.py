@@ -309,12 +309,10 @@ def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
     from actors.rollout import RolloutActor
     from actors.weights import WeightStore
     from cluster.session import spawn, start_actors
-    from ript_ray.policies.checkpoints import cpu_weights, describe, weights_sha256
+    from ript_ray.policies.checkpoints import describe, to_publish
 
-    weights = cpu_weights(policy)
     store = spawn(WeightStore, name="WeightStore")
-    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-    ray.get(store.publish.remote(0, arrays, weights_sha256(weights)), timeout=60)
+    ray.get(store.publish.remote(0, *to_publish(policy)), timeout=60)
     return store, start_actors(RolloutActor, config.scaling, config, describe(policy), "WeightStore")
 
 
@@ -378,6 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
     """Run one command with its configuration and return its result."""
+    from cluster.placement import fit_actors
     from ript_ray.envs import check_name
 
     subjects = [word for word in settings if "=" not in word]
@@ -396,6 +395,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.doctor import examine
 
         return examine(config)
+    config = fit_actors(config, resolve(config.policy.checkpoint))
     commands = {"train": train, "eval": evaluate, "demos": demos, "sft": sft}
     return commands[command](config, make_run_dir(config, command))
 

@@ -10,6 +10,7 @@ import ray
 
 WeightArrays = dict[str, np.ndarray]
 
+
 _KEEP = 3
 """Versions kept. Older ones are freed once the actors that still act with them have pulled a newer one."""
 

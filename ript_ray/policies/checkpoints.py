@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -114,3 +115,9 @@ def weights_sha256(weights: Weights) -> str:
 def _shipped_example() -> str:
     shipped = sorted(Path(__file__).resolve().parents[2].glob("checkpoints/*/policy.json"))
     return f"checkpoints/{shipped[0].parent.name}" if shipped else "one of your own"
+
+
+def to_publish(policy: torch.nn.Module) -> tuple[dict[str, np.ndarray], str]:
+    """A policy's weights as a weight store takes them, and their fingerprint."""
+    weights = cpu_weights(policy)
+    return {name: tensor.numpy() for name, tensor in weights.items()}, weights_sha256(weights)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +25,6 @@ from ript_ray.config import Config, load_config, save_config
 from ript_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.tracking import Tracker
     from ript_ray.policies.flow import FlowPolicy
 
 log = logging.getLogger("ript_ray")
@@ -40,6 +38,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
 
     from actors.coordinator import Coordinator
     from actors.pool import SamplePool
+    from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
     from cluster.tracking import tracking
     from learner.loop import learner_group
@@ -53,9 +52,9 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     ):
         store, actors = start_rollouts(config, policy)
         pool = spawn(SamplePool, config, name="SamplePool")
-        coordinator = spawn(Coordinator, config, actors, pool, store, run_dir, name="Coordinator")
+        coordinator = spawn(Coordinator, config, actors, pool, store, run_dir.resolve(), name="Coordinator")
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
-        with Monitor(config, coordinator, run_dir, tracker) as monitor:
+        with Monitor(coordinator, run_dir, tracker) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
@@ -81,6 +80,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     import ray
 
     from actors.coordinator import Coordinator
+    from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
     from ript_ray.evaluation import success_summary
     from ript_ray.reporting import versions
@@ -88,8 +88,8 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store, run_dir, name="Coordinator")
-        with Monitor(config, coordinator, run_dir, None):
+        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
+        with Monitor(coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())
     result = success_summary([result for result in outcome["results"] if result is not None])
@@ -162,71 +162,6 @@ def replay(files: list[str]) -> dict[str, Any]:
     print(result.describe())
     print(f"  video in {video}")
     return result.to_json() | {"video": str(video)}
-
-
-class Monitor:
-    """The progress bar, ``metrics.jsonl`` and MLflow, fed once a second from the coordinator."""
-
-    def __init__(self, config: Config, coordinator: Any, run_dir: Path, tracker: Tracker | None) -> None:
-        from tqdm import tqdm
-
-        self.rows: list[dict[str, Any]] = []
-        self._coordinator = coordinator
-        self._tracker = tracker
-        self._metrics = run_dir / "metrics.jsonl"
-        self._collecting: Any = None
-        self._pool: Any = None
-        self._failure: Exception | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="monitor", daemon=True)
-        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
-
-    def __enter__(self) -> Monitor:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=30)
-        self._poll()
-        self._bar.close()
-
-    def watch(self, collecting: Any, pool: Any) -> None:
-        """End the learners when the collection of samples fails, instead of letting them wait for it."""
-        self._collecting, self._pool = collecting, pool
-
-    def raise_if_collecting_failed(self) -> None:
-        """Raise the coordinator's own error, which explains the learners'."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _loop(self) -> None:
-        while not self._stop.wait(1.0):
-            self._poll()
-
-    def _poll(self) -> None:
-        import json
-
-        import ray
-
-        state = ray.get(self._coordinator.progress.remote(len(self.rows)), timeout=60)
-        for row in state["rows"]:
-            self.rows.append(row)
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
-            if self._tracker is not None:
-                self._tracker.log(row)
-        self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
-        self._bar.n = round(state["fraction"], 4)
-        self._bar.refresh()
-        if self._collecting is not None and ray.wait([self._collecting], timeout=0)[0]:
-            collecting, self._collecting = self._collecting, None
-            try:
-                ray.get(collecting)
-            except Exception as error:  # handed to the main thread, which raises it
-                self._failure = error
-                ray.kill(self._pool)
 
 
 def summarise(

@@ -220,7 +220,7 @@ class Coordinator:
         self.log(
             {
                 "update": step + 1,
-                "rollout/success_rate": float(np.mean(finished)),
+                "rollout/success_rate": float(np.mean(finished)) if finished else 0.0,
                 "rollout/episodes": len(finished),
                 "rollout/groups_accepted": good,
                 "rollout/groups_rejected": rejected,

@@ -1,0 +1,75 @@
+"""What a person sees of a running job, and where its metrics go."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from cluster.tracking import Tracker
+
+log = logging.getLogger("ript_ray")
+
+
+class Monitor:
+    """The progress bar, ``metrics.jsonl`` and MLflow, fed once a second from the coordinator."""
+
+    def __init__(self, coordinator: Any, run_dir: Path, tracker: Tracker | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._coordinator = coordinator
+        self._tracker = tracker
+        self._metrics = run_dir / "metrics.jsonl"
+        self._collecting: Any = None
+        self._pool: Any = None
+        self._failure: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="monitor", daemon=True)
+        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+        self._poll()
+        self._bar.close()
+
+    def watch(self, collecting: Any, pool: Any) -> None:
+        """End the learners when the collection of samples fails, instead of letting them wait for it."""
+        self._collecting, self._pool = collecting, pool
+
+    def raise_if_collecting_failed(self) -> None:
+        """Raise the coordinator's own error, which explains the learners'."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _loop(self) -> None:
+        while not self._stop.wait(1.0):
+            self._poll()
+
+    def _poll(self) -> None:
+        state = ray.get(self._coordinator.progress.remote(len(self.rows)), timeout=60)
+        for row in state["rows"]:
+            self.rows.append(row)
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
+            if self._tracker is not None:
+                self._tracker.log(row)
+        self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
+        self._bar.n = round(state["fraction"], 4)
+        self._bar.refresh()
+        if self._collecting is not None and ray.wait([self._collecting], timeout=0)[0]:
+            collecting, self._collecting = self._collecting, None
+            try:
+                ray.get(collecting)
+            except Exception as error:  # handed to the main thread, which raises it
+                self._failure = error
+                ray.kill(self._pool)

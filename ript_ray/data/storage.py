@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -54,17 +55,8 @@ def load_episode(path: Path) -> tuple[EpisodeRecord, dict[str, str]]:
     Raises:
         UserError: when the file is missing, damaged or not such a file.
     """
-    if not path.is_file():
-        raise UserError(f"no episode at {path}; runs leave theirs in RUN_DIR/episodes")
-    try:
-        opened = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another episode of the run") from error
-    with opened as file:
-        metadata = file.metadata() or {}
-        if "episode" not in metadata:
-            raise UserError(f"{path} holds no episode (expected a file of a run's episodes folder)")
-        about = json.loads(metadata["episode"])
+    with _opened(path, "episode", "runs leave theirs in RUN_DIR/episodes") as file:
+        about = json.loads(file.metadata()["episode"])
         versions = about.pop("versions")
         arrays = {name: file.get_tensor(name) for name in _RECORD_ARRAYS}
         return EpisodeRecord(**(about | {"context": Context(**about["context"])} | arrays)), versions
@@ -82,19 +74,10 @@ def load_trajectories(path: Path) -> list[Trajectory]:
     Raises:
         UserError: when the file is missing, damaged or not such a file.
     """
-    if not path.is_file():
-        raise UserError(f"no trajectories at {path}; make some with: python launch.py demos data.demos={path}")
-    try:
-        opened = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again with: python launch.py demos") from error
-    with opened as file:
-        metadata = file.metadata() or {}
-        if "trajectories" not in metadata:
-            raise UserError(f"{path} holds no trajectories (expected a file written by: python launch.py demos)")
+    with _opened(path, "trajectories", f"make some with: python launch.py demos data.demos={path}") as file:
         present = set(file.keys())
         loaded = []
-        for i, record in enumerate(json.loads(metadata["trajectories"])):
+        for i, record in enumerate(json.loads(file.metadata()["trajectories"])):
             arrays = {n: file.get_tensor(f"{i}.{n}") if f"{i}.{n}" in present else None for n in _ARRAYS}
             groups: dict[str, Any] = {
                 g: {n.split(".")[2]: file.get_tensor(n) for n in present if n.startswith(f"{i}.{g}.")} for g in _GROUPS
@@ -102,3 +85,18 @@ def load_trajectories(path: Path) -> list[Trajectory]:
             context = Context(**record["context"])
             loaded.append(Trajectory(**(record | {"context": context} | arrays | groups)))
     return loaded
+
+
+@contextlib.contextmanager
+def _opened(path: Path, key: str, hint: str) -> Iterator[Any]:
+    """A safetensors file with ``key`` in its metadata, or an error that ends with the hint."""
+    if not path.is_file():
+        raise UserError(f"no {key} at {path}; {hint}")
+    try:
+        opened = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}); {hint}") from error
+    with opened as file:
+        if key not in (file.metadata() or {}):
+            raise UserError(f"{path} holds no {key}; {hint}")
+        yield file

@@ -138,7 +138,6 @@ class Dispatcher:
                 except RayTaskError as error:
                     self._idle.append(actor)
                     finished += self._retry(episode, error)
-            self._rendering = {actor: last for actor, last in self._rendering.items() if last not in done}
             self._end_overdue()
             self._start()
         return finished
@@ -162,6 +161,9 @@ class Dispatcher:
             raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 
     def _start(self) -> None:
+        if self._rendering:
+            _, unfinished = ray.wait(list(self._rendering.values()), num_returns=len(self._rendering), timeout=0)
+            self._rendering = {actor: last for actor, last in self._rendering.items() if last in unfinished}
         free = [actor for actor in self._idle if actor not in self._rendering]
         for actor in free[: len(self._queue)]:
             episode = self._next_for(actor)

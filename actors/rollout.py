@@ -98,7 +98,9 @@ class RolloutActor:
         self._version = -1
         choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
         ids = config.env.ids
-        self._enter(ids[index % len(ids)])
+        # At the first start mistakes should show at once. Later, a task that crashes must not take the others with it.
+        if self._watchdog.earlier is None:
+            self._enter(ids[index % len(ids)])
 
     def __repr__(self) -> str:
         return f"RolloutActor{self._index}"

@@ -101,7 +101,9 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
         for i in range(scaling.actors)
     ]
     try:
-        ray.get([actor.awake.remote() for actor in actors], timeout=scaling.wait_timeout_s)
+        # An actor whose task crashes when it is made starts again without it.
+        awake = [actor.awake.options(max_task_retries=3).remote() for actor in actors]
+        ray.get(awake, timeout=scaling.wait_timeout_s)
     except ray.exceptions.RayActorError as error:
         raise UserError(f"a rollout actor could not start:\n{error}") from error
     return actors

@@ -1,7 +1,7 @@
 """Environments that really hang, crash or leak, for gymnasium's registry: ``tests.faulty_worlds:Hang-v0`` and so on.
 
-The fault strikes once, in the third step of the first episode after the environment variable's file has vanished, or
-always where the name says so.
+The fault strikes once, in the third step of an episode, while the environment variable's file is there; a stillborn one
+crashes whenever it is made.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ _KEPT: list[np.ndarray] = []
 class Faulty(PointReach):
     """A `PointReach` with a fault."""
 
-    def __init__(self, fault: Any, always: bool = False) -> None:
+    def __init__(self, fault: Any, at_birth: bool = False) -> None:
         super().__init__()
-        self._fault, self._always = fault, always
+        self._fault = fault
         self._steps = 0
+        if at_birth:
+            fault()
 
     def reset(self, **arguments: Any) -> Any:
         self._steps = 0
@@ -52,7 +54,7 @@ class Faulty(PointReach):
 
     def step(self, action: np.ndarray) -> Any:
         self._steps += 1
-        if self._steps == 3 and (self._always or self._disarm()):
+        if self._steps == 3 and self._disarm():
             self._fault()
         return super().step(action)
 
@@ -66,4 +68,4 @@ class Faulty(PointReach):
 
 for name, fault in (("Hang", hang), ("Crash", crash), ("Leak", leak)):
     gym.register(f"{name}-v0", entry_point=Faulty, kwargs={"fault": fault}, max_episode_steps=20)
-gym.register("AlwaysCrash-v0", entry_point=Faulty, kwargs={"fault": crash, "always": True}, max_episode_steps=20)
+gym.register("Stillborn-v0", entry_point=Faulty, kwargs={"fault": crash, "at_birth": True}, max_episode_steps=20)

@@ -126,7 +126,9 @@ def test_an_actor_that_is_killed_costs_one_episode_which_is_played_again(rollout
     dispatcher = Dispatcher([actor], ScalingConfig())
     played = play_all(dispatcher, [5, 6])
     killer.join()
-    assert len(dispatcher.errors) == 1
+    # One episode is concerned; what the simulator was at is known unless the policy was thinking.
+    assert len({error.partition("): ")[0] for error in dispatcher.errors}) == 1
+    assert len(dispatcher.errors) <= 2
     assert ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) != process
     for seed in (5, 6):
         np.testing.assert_array_equal(played[seed].actions, undisturbed[seed].actions)

@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 _FORMAT = "1"
 """To be raised when what the key covers changes."""
 _MAP_FIXED = 0x10
+_LEAVE_FREE = 2_000_000_000
+"""Bytes of the disk that the cache does not touch."""
 _ASSET = re.compile(r'file="([^"]+)"')
 
 
@@ -53,7 +56,7 @@ def load_model(xml: str) -> mujoco.MjModel:
     try:
         if model is None:
             model = mujoco.MjModel.from_xml_string(xml)
-            _store(file, lambda name: mujoco.mj_saveModel(model, name))
+            _store(file, model.nbuffer, lambda name: mujoco.mj_saveModel(model, name))
         if sys.platform == "linux":
             _share(model, file)
     except OSError as error:
@@ -97,7 +100,7 @@ def _share(model: mujoco.MjModel, file: Path) -> None:
     offset = begin % page  # a file's pages can only be mapped to addresses of the same offset
     pages = file.with_name(f"{file.stem}-{offset}.pages")
     if not pages.is_file() or pages.stat().st_size != offset + length:
-        _store(pages, lambda name: Path(name).write_bytes(bytes(offset) + ctypes.string_at(begin, length)))
+        _store(pages, length, lambda name: Path(name).write_bytes(bytes(offset) + ctypes.string_at(begin, length)))
     first = begin - offset + (page if offset else 0)
     whole = (begin + length - first) // page * page
     descriptor = os.open(pages, os.O_RDONLY)
@@ -112,9 +115,11 @@ def _share(model: mujoco.MjModel, file: Path) -> None:
         os.close(descriptor)
 
 
-def _store(file: Path, write: Callable[[str], object]) -> None:
-    """Have ``write`` make a file, which then appears under its name complete; make room for it."""
+def _store(file: Path, size: int, write: Callable[[str], object]) -> None:
+    """Have ``write`` make a file, which then appears under its name complete; remove what was not used for long."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(file.parent).free < size + _LEAVE_FREE:
+        raise OSError(f"less than {_LEAVE_FREE / 1e9:g} GB would be free in {file.parent}")
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
     os.close(handle)
     try:

@@ -24,6 +24,8 @@ CHUNK = 10
 SEED = 7
 INIT_STATE = 1
 COMPARED_STEPS = 60
+ROUNDS = 3
+EPISODES = 2
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -40,8 +42,9 @@ def measure(config: Config) -> dict[str, Any]:
     env: Any = make(env_id, size, max_steps=STEPS + 1)
     _episode(env, actions, CHUNK)  # the first frame loads textures, which the stock environment does when made
     rendered = env.frames_rendered
-    seconds = {k: min(timed(partial(_episode, env, actions, k)) for _ in range(2)) for k in (CHUNK, 2)}
-    result["frames_rendered_share"] = (env.frames_rendered - rendered) / 2 / (2 * 2 * (STEPS + 1))
+    seconds = {CHUNK: timed(partial(_episode, env, actions, CHUNK))}
+    result["frames_rendered_share"] = (env.frames_rendered - rendered) / (len(env.cameras) * (STEPS + 1))
+    seconds[2] = timed(partial(_episode, env, actions, 2))
     result |= _control_step(env)
     resets = [timed(partial(env.begin_episode, i, i)) for i in range(7)]
     settled = [timed(partial(env.reset, seed=i, options={"init_state": i})) for i in range(5)]
@@ -167,37 +170,39 @@ def _many(env_id: str, size: int) -> dict[str, Any]:
     """Episodes per second of 1, 2, … processes, up to the number of cores, relative to one; and their memory."""
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, *(2**k for k in range(1, cores.bit_length()) if 2**k <= cores), cores})
-    rates, memory = {}, 0.0
-    for count in counts:
-        rates[count], memory = _rate(env_id, size, count)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(cores), context.Queue()
+    arguments = (env_id, size, counts, barrier, results)
+    children = [context.Process(target=_worker, args=(rank, *arguments)) for rank in range(cores)]
+    for child in children:
+        child.start()
+    answers = dict(results.get(timeout=900) for _ in children)
+    for child in children:
+        child.join(timeout=60)
+    rates = {  # by number of processes, of each round
+        count: np.sum([answers[rank][0][count] for rank in range(count)], axis=0) for count in counts
+    }
     return {
-        "scaling": {str(count): rate / rates[1] for count, rate in rates.items()},
+        "scaling": {str(count): float(np.median(rates[count] / rates[1])) for count in counts},
         # What the last of several processes has for itself; with one core there is nobody to share with.
-        "memory_mb": memory,
+        "memory_mb": min(memory for _, memory in answers.values()),
     }
 
 
-def _rate(env_id: str, size: int, count: int) -> tuple[float, float]:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(count), context.Queue()
-    children = [context.Process(target=_worker, args=(env_id, size, barrier, results)) for _ in range(count)]
-    for child in children:
-        child.start()
-    answers = [results.get(timeout=600) for _ in children]
-    for child in children:
-        child.join(timeout=60)
-    return sum(rate for rate, _ in answers), min(memory for _, memory in answers)
-
-
-def _worker(env_id: str, size: int, barrier: Any, results: Any) -> None:
+def _worker(rank: int, env_id: str, size: int, counts: list[int], barrier: Any, results: Any) -> None:
+    """Play in turns with the others, in rounds, since machines get faster and slower: first one, then two, …"""
     env = make(env_id, size, max_steps=STEPS + 1)
     actions = random_actions(STEPS, SEED)
     _episode(env, actions, CHUNK)
     memory = _private_mb()
-    barrier.wait(timeout=300)
-    episodes = 4
-    seconds = sum(timed(partial(_episode, env, actions, CHUNK)) for _ in range(episodes))
-    results.put((episodes / seconds, memory))
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(ROUNDS):
+        for count in counts:
+            barrier.wait(timeout=300)
+            if rank < count:
+                seconds = sum(timed(partial(_episode, env, actions, CHUNK)) for _ in range(EPISODES))
+                rates[count].append(EPISODES / seconds)
+    results.put((rank, (rates, memory)))
     barrier.wait(timeout=300)
     env.close()
 

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ript_ray.config import Config, load_config, save_config
+from ript_ray.config import Config, load_config, resolve, save_config
 from ript_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -249,12 +249,6 @@ def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
     store = spawn(WeightStore, name="WeightStore")
     ray.get(store.publish.remote(0, *to_publish(policy)), timeout=60)
     return store, start_actors(RolloutActor, config.scaling, config, describe(policy), "WeightStore")
-
-
-def resolve(path: str) -> Path:
-    """A path as given, or, when it is not there, relative to the project: commands work from any folder."""
-    given = Path(path)
-    return given if given.exists() or given.is_absolute() else Path(__file__).parent / given
 
 
 def make_folder(folder: Path, key: str) -> None:

@@ -236,13 +236,12 @@ class Coordinator:
         for group_id in gone:
             del groups[group_id]
             self._ask(self._pool.discard.remote(group_id))
-        dispatcher.cancel(set(gone))
         return len(gone)
 
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
         context = outcome.episode.context
         self._sampler.set_aside(context, outcome.reason)
-        dispatcher.drop(self._sampler.is_aside)
+        dispatcher.drop(lambda episode: self._sampler.is_aside(episode.context))
 
     def _wait_for_weights(self, version: int) -> None:
         limit = self._config.scaling.wait_timeout_s

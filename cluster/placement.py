@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ript_ray.children import ask_child
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 
@@ -65,18 +64,13 @@ def measure_placement(config: Config, checkpoint: Path) -> Placement:
     Raises:
         UserError: when that fails, with the child's last words.
     """
-    command = [sys.executable, "-c", _PROBE, config.env.ids[0], str(config.env.image_size), str(checkpoint)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = (config.env.ids[0], str(config.env.image_size), str(checkpoint))
     try:
-        probe = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False, env=environment
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"no environment within {_PROBE_TIMEOUT_S:.0f} s; run: python launch.py doctor") from error
-    if probe.returncode != 0 or not probe.stdout.strip():
-        last = (probe.stderr.strip().splitlines() or ["the process crashed"])[-1]
-        raise UserError(f"no environment could be made to measure its memory: {last}; run: python launch.py doctor")
-    actor_gb = float(probe.stdout.split()[-1]) / 1e3 + _RAY_WORKER_GB
+        actor_gb = ask_child(_PROBE, _PROBE_TIMEOUT_S, *arguments) / 1e3 + _RAY_WORKER_GB
+    except RuntimeError as error:
+        raise UserError(
+            f"no environment could be made to measure its memory: {error}; run: python launch.py doctor"
+        ) from error
     scaling = config.scaling
     free_gb = max(0.0, available_memory_gb() * _SHARE - _FOR_OTHERS_GB)
     cpus = (os.cpu_count() or 1) - scaling.learners * scaling.learner_cpus

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ript_ray.errors import UserError, nearest
 
 INIT_STATES = 50
-"""Official initial states of each LIBERO task."""
+"""Official initial states of each LIBERO task; other environments number as many."""
 
 
 class _Section(BaseModel):
@@ -274,6 +274,12 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
 def save_config(config: Config, file: Path) -> None:
     """Write the resolved configuration, in a form that `load_config` reads."""
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def resolve(path: str) -> Path:
+    """A path as given, or, when it is not there, relative to the project: commands work from any folder."""
+    given = Path(path)
+    return given if given.exists() or given.is_absolute() else Path(__file__).parents[1] / given
 
 
 def known_keys() -> list[str]:

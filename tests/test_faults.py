@@ -144,9 +144,10 @@ def test_when_nothing_is_left_the_run_ends_with_the_reason(armed: Path) -> None:
     from ript_ray.algos.sampling import ContextSampler
 
     sampler = ContextSampler(["a", "b"], (0, 5), config.sampling, seed=0)
-    for state in range(3):
-        sampler.set_aside(Context("a", state, 0), "it hangs")
-    assert [entry.init_state for entry in sampler.aside] == [0, 1, 2, None]
+    for state in (0, 1, 40):  # a held-out state counts too
+        for _ in range(2):  # of a group, several rollouts may fail
+            sampler.set_aside(Context("a", state, 0), "it hangs")
+    assert [entry.init_state for entry in sampler.aside] == [0, 1, 40, None]
     assert {sampler.next_group().start[0] for _ in range(10)} == {"b"}
     sampler.set_aside(Context("b", 0, 0), "it crashes")
     sampler.set_aside(Context("b", 1, 0), "it crashes")

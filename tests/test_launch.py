@@ -148,3 +148,21 @@ def test_the_doctor_finds_this_machine_ready(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     checks = json.loads((tmp_path / "doctor.json").read_text())
     assert all(check["ok"] for check in checks.values()), checks
+
+
+@pytest.mark.slow
+@pytest.mark.libero
+def test_the_environment_benchmark_reports_its_ratios_and_finds_nothing_that_differs(tmp_path: Path) -> None:
+    file = tmp_path / "env.json"
+    done = launch("bench", "env", "--suite", "libero_spatial", "--task", "4", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["env"] == "libero_spatial/4"
+    assert result["states_identical"]
+    assert result["frames_identical"]
+    assert result["differences"] == []
+    assert result["episode_speedup"] > 5
+    assert result["scaling"]["1"] == 1
+    assert 0 < result["frames_rendered_share"] < 0.2
+    for key in ("control_step_over_physics", "reset_seconds", "construction_seconds", "memory_mb"):
+        assert result[key] > 0

@@ -81,10 +81,12 @@ class ContextSampler:
         Raises:
             RuntimeError: when nothing is left to try.
         """
-        dropped = {(context.env_id, context.init_state)} & set(self._starts)
-        self.aside += [SetAside(context.env_id, context.init_state, reason)] * len(dropped)
+        if self.is_aside(context):
+            return
+        dropped = {(context.env_id, context.init_state)}
+        self.aside.append(SetAside(context.env_id, context.init_state, reason))
         if sum(entry.env_id == context.env_id for entry in self.aside) == _STATES_TO_SET_TASK_ASIDE:
-            dropped |= {start for start in self._starts if start[0] == context.env_id}
+            dropped.update(start for start in self._starts if start[0] == context.env_id)
             self.aside.append(SetAside(context.env_id, None, f"{_STATES_TO_SET_TASK_ASIDE} initial states fail"))
         self._starts = [start for start in self._starts if start not in dropped]
         self._order = [start for start in self._order if start not in dropped]

@@ -9,10 +9,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from ript_ray.config import INIT_STATES
 from ript_ray.envs.world import LazyObservation, Ticket, World, check_action, check_options
 from ript_ray.errors import UserError
 
-INIT_STATES = 50
 MAX_STEPS = 200
 
 

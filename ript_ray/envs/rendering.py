@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes.util
 import functools
-import json
 import logging
 import os
-import subprocess
-import sys
-from typing import Any
 
+from ript_ray.children import ask_child
 from ript_ray.errors import UserError
 
 DEBIAN_PACKAGES = "libgl1 libegl1 libgl1-mesa-dri libglib2.0-0"
@@ -92,7 +89,7 @@ def choose(cuda_device: str | None = None, timeout_s: float = _PROBE_TIMEOUT_S) 
         index = match_device(cuda_device or "", egl_cuda_devices()) if on_gpu else None
         device = {} if index is None else {"MUJOCO_EGL_DEVICE_ID": str(index)}
         try:
-            renderer = _ask_child(_PROBE, timeout_s, device)["renderer"]
+            renderer = ask_child(_PROBE, timeout_s, variables=device)["renderer"]
         except RuntimeError as error:
             complaints.append(f"{backend}: {error}")
             continue
@@ -119,7 +116,7 @@ def describe_renderer() -> str:
 def egl_cuda_devices(timeout_s: float = _PROBE_TIMEOUT_S) -> tuple[int | None, ...]:
     """The CUDA index of every EGL device, in EGL's order; None for those that are not NVIDIA's."""
     try:
-        return tuple(_ask_child(_EGL_DEVICES, timeout_s, {}))
+        return tuple(ask_child(_EGL_DEVICES, timeout_s))
     except RuntimeError:
         return ()
 
@@ -148,22 +145,3 @@ def _select(backend: str) -> None:
     # Mesa's software renderer: threads of its own make a small frame slower and take cores from other actors.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-
-
-def _ask_child(program: str, timeout_s: float, variables: dict[str, str]) -> Any:
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=os.environ | variables,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"no answer within {timeout_s:.0f} s") from error
-    lines = child.stdout.strip().splitlines()
-    if child.returncode != 0 or not lines:
-        said = child.stderr.strip().splitlines()
-        raise RuntimeError(said[-1] if said else f"ended with code {child.returncode}")
-    return json.loads(lines[-1])

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ript_ray.config import INIT_STATES
 from ript_ray.envs.arm import ArmWorld, global_numpy_seed, with_cached_model
 from ript_ray.envs.tasks import ROBOSUITE_TASKS
 
 MAX_STEPS = 500
-INIT_STATES = 50
 _MODEL_SEED = 0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from ript_ray.errors import UserError
+
 Ticket = dict[str, np.ndarray]
 """All that a frame depends on, by name. Equal tickets give equal bytes, in any process with the same task."""
 
@@ -117,8 +119,6 @@ def check_options(options: dict[str, Any] | None, world: World) -> int | None:
     Raises:
         UserError: for an unknown option or a state that does not exist.
     """
-    from ript_ray.errors import UserError
-
     options = dict(options or {})
     init_state = options.pop("init_state", None)
     if options:

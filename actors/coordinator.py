@@ -194,7 +194,8 @@ class Coordinator:
                 groups[group.id], rewards[group.id] = group, []
                 opened += 1
                 for context in group.contexts:
-                    dispatcher.submit(Episode(group.id, context, self._config.policy.guidance))
+                    acting = self._config.policy
+                    dispatcher.submit(Episode(group.id, context, acting.guidance, acting.explore))
             for outcome in dispatcher.wait():
                 episode, report, reference = outcome.episode, outcome.report, outcome.reference
                 if report is None:

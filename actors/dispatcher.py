@@ -28,6 +28,7 @@ class Episode:
     """Group that asked for the episode, or −1 for evaluation."""
     context: Context
     guidance: float
+    explore: float = 0.0
     attempts: int = 0
     deadline: float = 0.0
 
@@ -171,7 +172,9 @@ class Dispatcher:
             self._at[actor] = episode.context.env_id
             episode.attempts += 1
             episode.deadline = time.monotonic() + self._timeout_s
-            report, trajectory = actor.collect.options(num_returns=2).remote(episode.context, episode.guidance)
+            report, trajectory = actor.collect.options(num_returns=2).remote(
+                episode.context, episode.guidance, episode.explore
+            )
             self._running[report] = (actor, trajectory, episode)
 
     def _next_for(self, actor: Any) -> Episode:

@@ -9,14 +9,14 @@ No frame is asked for that no window of a sealed step needs, hence none of a rej
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import ray
 
 from actors.rollout import EpisodeReport
-from ript_ray.algos.advantages import is_mixed, leave_one_out
+from ript_ray.algos.advantages import AdvantageCounts, is_mixed, leave_one_out, process
 from ript_ray.config import Config
 from ript_ray.data.windows import shuffled_batches, window_starts
 from ript_ray.types import FrameBatch, FrameJob, Shard
@@ -42,6 +42,8 @@ class _Counters:
     frames: int = 0
     """Rendered for training."""
     stored_bytes: int = 0
+    advantages: AdvantageCounts = field(default_factory=lambda: AdvantageCounts(0, 0, 0))
+    """Of the newest update."""
     staleness: list[int] = field(default_factory=list)
 
 
@@ -77,7 +79,7 @@ class SamplePool:
             return None
         del self._pending[group]
         rewards = np.array([float(member.success) for member, _ in members])
-        if self._config.train.objective == "cfg" and not is_mixed(rewards):
+        if self._config.objective.name != "imitation" and not is_mixed(rewards):
             self._count.rejected += 1
             return []
         self._count.accepted += 1
@@ -112,10 +114,13 @@ class SamplePool:
         self._count.windows += len(windows)
         self._count.trained += order.size
         self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
+        raw = np.array([sample.advantage for sample in self._samples.values()])
+        weights, self._count.advantages = process(raw, self._config.objective)
         shard = Shard(
             step=step,
             trajectories={i: sample.reference for i, sample in self._samples.items()},
             advantages={i: sample.advantage for i, sample in self._samples.items()},
+            weights=dict(zip(self._samples, weights.tolist(), strict=True)),
             windows=windows,
             order=order,
             batch_size=train.batch_size,
@@ -169,6 +174,7 @@ class SamplePool:
                 "max": max(count.staleness, default=0),
                 "dropped": count.stale_dropped,
             },
+            "advantages": asdict(count.advantages),
             "stored_bytes": count.stored_bytes,
             "training_frames": count.frames,
         }

@@ -105,7 +105,7 @@ class RolloutActor:
     def __repr__(self) -> str:
         return f"RolloutActor{self._index}"
 
-    def collect(self, context: Context, guidance: float) -> tuple[EpisodeReport, Trajectory]:
+    def collect(self, context: Context, guidance: float, explore: float) -> tuple[EpisodeReport, Trajectory]:
         """Play one episode with the newest weights. Call with ``num_returns=2``."""
         from ript_ray.rollout import play
 
@@ -122,6 +122,7 @@ class RolloutActor:
             execute=self._config.policy.execute,
             denoise_steps=self._config.policy.denoise_steps,
             guidance=guidance,
+            explore=explore,
         )
         rendered = world.frames_rendered - frames
         report = EpisodeReport.of(trajectory, world.max_steps, rendered, waited)

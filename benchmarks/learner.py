@@ -136,13 +136,13 @@ def _plain_loop(config: Config, trajectories: list[Trajectory]) -> list[float]:
     index = [(i, int(start)) for i, t in enumerate(trajectories) for start in seen_starts(t, tail=config.data.tail)]
     order = shuffled_batches(len(index), train.epochs, train.batch_size, [config.run.seed, 0])
     advantages = {i: 1.0 if t.success else -1.0 for i, t in enumerate(trajectories)}
-    shard = Shard(0, {}, advantages, np.array(index, dtype=np.int32), order, train.batch_size)
+    shard = Shard(0, {}, advantages, advantages, np.array(index, dtype=np.int32), order, train.batch_size)
     steps = plan_steps(shard, dict(enumerate(trajectories)), train.micro_batch)
     policy = make_policy(config.env.image_size)
     rates = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
-        update(policy, steps, train, torch.Generator().manual_seed(0))
+        update(policy, steps, train, config.objective, torch.Generator().manual_seed(0))
         rates.append(order.size / (time.perf_counter() - started))
     return rates[1:]
 

@@ -91,6 +91,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.scaling.learner_threads)
     start = ray.get(settings["weights"][0], timeout=limit)
     policy = build_policy(settings["description"], start).to(device)
+    anchored = config.train.anchor > 0
+    anchor = build_policy(settings["description"], start).to(device).requires_grad_(False) if anchored else None
     memory = PeakMemory()
     first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
@@ -112,12 +114,12 @@ def train_loop(settings: dict[str, Any]) -> None:
         if config.train.restart:
             policy.load_state_dict(start)
         frames = RenderedFrames(shard.rendered, limit)
-        diagnostics = _learn(policy, shard, frames, config, rank, coordinator, memory)
+        acting, diagnostics = _learn(policy, anchor, shard, frames, config, rank, coordinator, memory)
         busy = time.perf_counter() - began
         if rank == 0:
-            arrays, sha256 = to_publish(policy)
+            arrays, sha256 = to_publish(acting)
             folder = Path(settings["run_dir"]) / "checkpoints" / f"{step + 1:04d}"
-            save_policy(folder, policy, about={"update": step + 1})
+            save_policy(folder, acting, about={"update": step + 1})
             published = store.publish.remote(step + 1, arrays, sha256)
             ray.get(published, timeout=limit)
         row = {f"learner/{name}": value for name, value in diagnostics.items()}
@@ -131,18 +133,19 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 def _learn(
     policy: FlowPolicy,
+    anchor: FlowPolicy | None,
     shard: Shard,
     frames: RenderedFrames,
     config: Config,
     rank: int,
     coordinator: Any,
     memory: PeakMemory,
-) -> dict[str, float]:
-    """One update on one shard; nothing to do when no group was mixed."""
+) -> tuple[FlowPolicy, dict[str, float]]:
+    """One update on one shard, see `update`; nothing to do when no group was mixed."""
     trajectories = _Trajectories(shard.trajectories, config.scaling.wait_timeout_s)
     steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
     if not steps:
-        return {"steps": 0.0}
+        return policy, {"steps": 0.0}
     generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + shard.step * 1009 + rank)
     show = max(1, len(steps) // 100)
 
@@ -153,7 +156,8 @@ def _learn(
         if rank == 0:
             coordinator.learning.remote(shard.step, index, len(steps))
 
-    return {"steps": float(len(steps))} | update(policy, steps, config.train, generator, on_step)
+    acting, diagnostics = update(policy, steps, config.train, config.objective, generator, on_step, anchor)
+    return acting, {"steps": float(len(steps))} | diagnostics
 
 
 def plan_steps(
@@ -166,7 +170,7 @@ def plan_steps(
 
     def load(rows: np.ndarray) -> Batch:
         windows = [Window(int(i), int(start)) for i, start in shard.windows[rows]]
-        return gather(windows, trajectories, shard.advantages, rendered)
+        return gather(windows, trajectories, shard.advantages, rendered, shard.weights)
 
     return [
         Step([partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)], shard.batch_size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from learner.update import Step, update
-from ript_ray.config import Config
+from ript_ray.config import Config, ObjectiveConfig
 from ript_ray.data.storage import load_trajectories
 from ript_ray.data.windows import gather, seen_starts
 from ript_ray.errors import UserError
@@ -49,9 +49,10 @@ def train_on_demonstrations(
     for i in range(config.sft.steps):
         rows = np.array_split(order[i * size : (i + 1) * size], -(-size // config.train.micro_batch))
         steps.append(Step([partial(load, part) for part in rows], size))
-    settings = config.train.model_copy(update={"objective": "imitation", "alpha": 1.0})
+    # The condition knows nothing yet: both branches learn the same.
+    objective = ObjectiveConfig(name="imitation", alpha=1.0)
     generator = torch.Generator().manual_seed(config.run.seed)
-    return policy, update(policy, steps, settings, generator, on_step)
+    return update(policy, steps, config.train, objective, generator, on_step)
 
 
 def new_policy(demos: list[Trajectory], windows: list[Window]) -> FlowPolicy:

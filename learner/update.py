@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ript_ray.algos.objectives import OBJECTIVES, weighted_loss
-from ript_ray.config import TrainConfig
+from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
+from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.flow import FlowPolicy, sample_time, shift_images
 from ript_ray.types import Batch
 
@@ -31,59 +34,97 @@ class NonFinite(RuntimeError):
     """A loss or gradient became NaN or infinite; the weights were not touched by it."""
 
 
+@dataclass(slots=True)
+class _Terms:
+    """What the loss of an update is made of."""
+
+    policy: FlowPolicy
+    train: TrainConfig
+    objective: ObjectiveConfig
+    generator: torch.Generator
+    reference: FlowPolicy | None
+    """The policy before the update, if the objective compares with it."""
+    anchor: FlowPolicy | None
+    """The starting policy, if a change since then is penalised."""
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sum over samples of each diagnostic."""
+    samples: int = 0
+
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """Add one diagnostic of some samples; on the policy's device, so that nothing waits for it."""
+        self.sums[name] = self.sums.get(name, values.new_zeros(())) + values.detach().sum()
+
+
 def update(
     policy: FlowPolicy,
     steps: Sequence[Step],
-    config: TrainConfig,
+    train: TrainConfig,
+    objective: ObjectiveConfig,
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
-) -> dict[str, float]:
+    anchor: FlowPolicy | None = None,
+) -> tuple[FlowPolicy, dict[str, float]]:
     """Train ``policy`` in place on all ``steps``: AdamW, warm-up and cosine, accumulation, clipping.
 
     Args:
         policy: on its device, in float32.
         steps: what this learner does; every learner has the same number of steps.
-        config: optimisation settings.
-        generator: draws noise, times and image shifts, on the CPU.
+        train: optimisation settings.
+        objective: the loss.
+        generator: draws noise, times, chances and image shifts, on the CPU.
         on_step: called after each step with its index and loss.
+        anchor: the starting policy, for ``train.anchor``; the policy before this update by default.
 
     Returns:
-        Diagnostics: ``loss`` (mean of the last tenth of steps), ``loss_first`` (of the first), ``grad_norm`` (mean),
-        ``pieces`` (how often each micro-batch had to be divided to fit into memory, 1 for not at all).
+        The policy to act with (``policy`` itself, or its moving average as ``train.ema`` says), and diagnostics:
+        ``loss`` (mean of the last tenth of steps), ``loss_first`` (of the first), ``grad_norm`` (mean), ``pieces``
+        (how often each micro-batch had to be divided to fit into memory, 1 for not at all), and the means of what the
+        objective names.
 
     Raises:
         NonFinite: before a NaN or an infinity could reach the weights.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    before = _frozen(policy) if compares_with_reference(objective) or (train.anchor > 0 and anchor is None) else None
+    terms = _Terms(policy, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
+    average = None
+    if train.ema > 0:
+        decay = get_ema_multi_avg_fn(train.ema)  # type: ignore[no-untyped-call]
+        average = AveragedModel(policy, multi_avg_fn=decay)
     losses: list[float] = []
     norms: list[float] = []
     pieces = 1
     policy.train()
     for index, step in enumerate(steps):
-        loss, pieces = _accumulate_that_fits(policy, step, config, generator, pieces)
+        loss, pieces = _accumulate_that_fits(terms, step, pieces)
         if dist.is_initialized() and dist.get_world_size() > 1:
             _sum_over_learners(parameters, loss)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFinite(
                 f"step {index}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; try a lower train.lr "
-                f"(now {config.lr}) or train.precision=float32"
+                f"(now {train.lr}) or train.precision=float32"
             )
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(index, len(steps), config.lr, config.warmup)
+            group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)
         optimiser.step()
+        if average is not None:
+            average.update_parameters(policy)
         losses.append(loss.item())
         norms.append(norm.item())
         if on_step is not None:
             on_step(index, losses[-1])
     policy.eval()
     tenth = max(1, len(losses) // 10)
-    return {
+    # The average is a deep copy of the policy.
+    averaged = cast("FlowPolicy", average.module).eval() if average is not None and train.act_with_ema else None
+    return averaged or policy, {
         "loss_first": sum(losses[:tenth]) / tenth,
         "loss": sum(losses[-tenth:]) / tenth,
         "grad_norm": sum(norms) / len(norms),
         "pieces": float(pieces),
+        **{name: value.item() / terms.samples for name, value in terms.sums.items()},
     }
 
 
@@ -95,46 +136,61 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _accumulate_that_fits(
-    policy: FlowPolicy, step: Step, config: TrainConfig, generator: torch.Generator, pieces: int
-) -> tuple[torch.Tensor, int]:
+def _frozen(policy: FlowPolicy) -> FlowPolicy:
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch.Tensor, int]:
     """Accumulate the gradients of a step; when memory runs out, start the step again with smaller pieces.
 
     The noise is drawn again from the same state and losses are sums, so the gradients do not change beyond rounding.
     """
-    state = generator.get_state()
+    state, sums, samples = terms.generator.get_state(), dict(terms.sums), terms.samples
     while True:
         try:
-            policy.zero_grad(set_to_none=True)
-            return _accumulate(policy, step, config, generator, pieces), pieces
+            terms.policy.zero_grad(set_to_none=True)
+            return _accumulate(terms, step, pieces), pieces
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or pieces >= config.micro_batch:
+            if not _is_out_of_memory(error) or pieces >= terms.train.micro_batch:
                 raise
         pieces *= 2
-        generator.set_state(state)
+        terms.generator.set_state(state)
+        terms.sums, terms.samples = dict(sums), samples
         torch.cuda.empty_cache()
 
 
-def _accumulate(
-    policy: FlowPolicy, step: Step, config: TrainConfig, generator: torch.Generator, pieces: int
-) -> torch.Tensor:
+def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
+    policy, generator = terms.policy, terms.generator
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
     for load in step.micro_batches:
         batch = load()
-        batch.frames = shift_images(batch.frames, config.image_shift, generator)
+        batch.frames = shift_images(batch.frames, terms.train.image_shift, generator)
         noise = torch.randn(len(batch), policy.config.horizon, policy.config.action_dim, generator=generator)
-        time = sample_time(len(batch), generator)
+        time, chance = sample_time(len(batch), generator), torch.rand(len(batch), generator=generator)
         size = -(-len(batch) // pieces)
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
-            piece = batch[rows].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                errors = policy(piece, noise[rows].to(device), time[rows].to(device))
-            weights = OBJECTIVES[config.objective](piece.advantages, config.alpha)
-            loss = weighted_loss(errors[0].float(), errors[1].float(), piece.valid, weights) / step.batch_size
+            eps, t, u = (tensor[rows].to(device) for tensor in (noise, time, chance))
+            draw = Draw(policy, batch[rows].to(device), eps, t, u, terms.reference)
+            with torch.autocast(device.type, torch.bfloat16, enabled=terms.train.precision == "bfloat16"):
+                loss = _loss(draw, terms) / step.batch_size
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+    return total
+
+
+def _loss(draw: Draw, terms: _Terms) -> torch.Tensor:
+    """The sum over samples; the caller divides by the batch size, whatever the micro-batches are."""
+    result = OBJECTIVES[terms.objective.name](draw, terms.objective)
+    total = result.per_sample.sum()
+    if terms.anchor is not None:
+        change = draw.change_since(terms.anchor)
+        terms.note("anchor", change)
+        total = total + terms.train.anchor * change.sum()
+    for name, values in result.diagnostics.items():
+        terms.note(name, values)
+    terms.samples += len(draw.batch)
     return total
 
 

@@ -63,6 +63,8 @@ class PolicyConfig(_Section):
     """Euler steps from noise to actions."""
     guidance: float = Field(default=1.0, ge=0.0)
     """Guidance scale w of rollouts: v = v₀ + w(v₁ − v₀)."""
+    explore: float = Field(default=0.0, ge=0.0)
+    """Noise level of one stochastic Euler step in each chunk of a rollout, never of evaluation; 0 for none."""
 
 
 class EvalConfig(_Section):
@@ -107,6 +109,46 @@ class DataConfig(_Section):
     """What becomes of trajectories shorter than 50 steps."""
 
 
+class ObjectiveConfig(_Section):
+    """The loss, and how advantages enter it (`ript_ray.algos.objectives`, `ript_ray.algos.advantages`)."""
+
+    name: Literal["advantage_weighted", "cfg", "flow_sde", "fpo", "imitation", "label_dropout", "nft"] = "cfg"
+    """Which objective; each has its equation and source in a file of its own."""
+    alpha: float = Field(default=0.1, ge=0.0)
+    """Weight of the unconditional branch (``cfg``, ``imitation``, ``advantage_weighted``)."""
+    dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    """How often ``label_dropout`` leaves the condition out."""
+    beta: float = Field(default=1.0, gt=0.0)
+    """β of ``nft``: how far the reflected velocities lie from the old one."""
+    ratio_clip: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """ε of ``fpo`` and ``flow_sde``: the ratio counts between 1 − ε and 1 + ε."""
+    ratio_scale: float = Field(default=50.0, gt=0.0)
+    """``fpo``: scale of the difference of mean losses that stands in for a log-ratio."""
+    margin: float = Field(default=0.02, ge=0.0)
+    """``negatives=hinge``: the loss of a bad sample counts up to its old value plus this."""
+    normalise: Literal["none", "zero_mean", "standard", "robust", "min_max"] = "none"
+    """Advantages of an update: subtract the mean; also divide by the deviation; median and interquartile range
+    instead; or map to [0, 1]."""
+    clip: Literal["none", "symmetric", "asymmetric", "quantile"] = "none"
+    """Then bound them: to ±clip_high, to [−clip_low, clip_high], or to the quantiles clip_quantile and its
+    complement."""
+    clip_low: float = Field(default=1.0, ge=0.0)
+    """Bound of negative advantages for ``clip=asymmetric``."""
+    clip_high: float = Field(default=1.0, gt=0.0)
+    """Bound of positive advantages, and of both for ``clip=symmetric``."""
+    clip_quantile: float = Field(default=0.05, ge=0.0, lt=0.5)
+    """Share cut off at each end for ``clip=quantile``."""
+    negatives: Literal["keep", "softplus", "exp", "abs", "clamp", "relu", "hinge"] = "keep"
+    """Then what becomes of them as weights: log(1 + exp(A/τ))·τ; exp(A/τ), at most ``weight_limit``; |A|; at least
+    ``floor``; at least 0; or kept with a bounded loss (``advantage_weighted`` only)."""
+    temperature: float = Field(default=0.5, gt=0.0)
+    """τ of ``negatives=softplus`` and ``exp``."""
+    weight_limit: float = Field(default=20.0, gt=0.0)
+    """Largest weight of ``negatives=exp``."""
+    floor: float = Field(default=0.05, ge=0.0)
+    """Smallest weight of ``negatives=clamp``."""
+
+
 class TrainConfig(_Section):
     """The loop and the optimisation."""
 
@@ -114,10 +156,6 @@ class TrainConfig(_Section):
     """``sync``: collect, learn, collect; ``async``: collect while learning, bounded by ``max_staleness``."""
     updates: int = Field(default=3, ge=1)
     """Collect-and-learn rounds; each publishes one weights version."""
-    objective: Literal["cfg", "imitation"] = "cfg"
-    """``cfg``: classifier-free guidance on the sign of the advantage; ``imitation``: of all rollouts (a control)."""
-    alpha: float = Field(default=0.1, ge=0.0)
-    """Weight of the unconditional branch."""
     restart: bool = True
     """Each update starts from the starting policy and trains on all samples kept, instead of from the last weights."""
     max_staleness: int = Field(default=8, ge=0)
@@ -134,6 +172,14 @@ class TrainConfig(_Section):
     """Peak learning rate of AdamW."""
     warmup: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of an update's steps with a rising learning rate; a cosine to zero follows."""
+    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Decay of the moving average of the weights, per optimiser step; 0 for none."""
+    act_with_ema: bool = True
+    """With ``ema``: publish the averaged weights, for rollouts and evaluation, instead of the last ones."""
+    anchor: float = Field(default=0.0, ge=0.0)
+    """Weight of a penalty on the velocity's change since the starting policy, against forgetting."""
+    stop_at: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Stop once the lower bound of the 95 % interval of training rollouts' success reaches this."""
     weight_decay: float = Field(default=1e-4, ge=0.0)
     """AdamW's weight decay."""
     clip_norm: float = Field(default=1.0, gt=0.0)
@@ -208,6 +254,7 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     demos: DemosConfig = DemosConfig()
@@ -236,6 +283,20 @@ class Config(_Section):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by "
                 f"scaling.learners={self.scaling.learners}; every learner needs the same share"
+            )
+        objective = self.objective
+        if objective.name == "flow_sde" and (
+            self.policy.explore == 0.0 or self.policy.guidance != 1.0 or self.data.windows != "seen"
+        ):
+            raise ValueError(
+                f"objective.name=flow_sde with policy.explore={self.policy.explore}, policy.guidance="
+                f"{self.policy.guidance}, data.windows={self.data.windows}: expected policy.explore above 0 (for "
+                "example 0.5), policy.guidance=1 and data.windows=seen: it learns from the stochastic steps of rollouts"
+            )
+        if objective.negatives == "hinge" and objective.name != "advantage_weighted":
+            raise ValueError(
+                f"objective.negatives=hinge with objective.name={objective.name}: only advantage_weighted bounds the "
+                "loss of single samples; choose another of objective.negatives"
             )
         if self.sampling.max_groups < self.sampling.groups:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from ript_ray.envs.world import LazyObservation, World
 from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.sampling import ChainStep, Explore
 from ript_ray.types import Context, Trajectory
 
 
@@ -22,6 +24,7 @@ class Recorder:
         self._context = context
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in ("actions", "labels", "states", "frames")}
         self._tickets: dict[str, list[np.ndarray]] = {}
+        self._chain: dict[str, list[np.ndarray]] = {}
         self._scene = dict(env.scene())
         self._hashes: list[int] = []
         self._frame_steps: list[int] = []
@@ -48,6 +51,11 @@ class Recorder:
         if label is not None:
             columns["labels"].append(np.asarray(label, dtype=np.float32))
 
+    def add_chain(self, chain: ChainStep) -> None:
+        """Record the stochastic step of the chunk that the newest look led to."""
+        for f in fields(chain):
+            self._chain.setdefault(f.name, []).append(getattr(chain, f.name)[0].cpu().numpy())
+
     def finish(self, success: bool, policy_version: int) -> Trajectory:
         """The whole episode."""
         stacked: dict[str, Any] = {name: np.stack(rows) if rows else None for name, rows in self._columns.items()}
@@ -60,6 +68,7 @@ class Recorder:
             frame_steps=np.array(self._frame_steps, dtype=np.int32),
             tickets={name: np.stack(rows) for name, rows in self._tickets.items()},
             scene=self._scene,
+            chain={name: np.stack(rows) for name, rows in self._chain.items()},
             state_hashes=np.array([*self._hashes, self._env.state_hash()], dtype=np.uint64),
             seconds={
                 "physics": self._env.physics_seconds - physics,
@@ -79,25 +88,30 @@ def play(
     execute: int,
     denoise_steps: int,
     guidance: float,
+    explore: float = 0.0,
 ) -> Trajectory:
     """Run one episode with a policy.
 
     The policy looks once per chunk and executes its first ``execute`` actions. Its noise depends on the context and
-    the position in the episode alone, so two policies can be compared on the same draws.
+    the position in the episode alone, so two policies can be compared on the same draws. With ``explore`` above 0 one
+    Euler step of each chunk is stochastic, at that noise level, and recorded.
     """
     observation, _ = env.reset(seed=context.seed, options={"init_state": context.init_state})
     recorder = Recorder(env, context)
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device
     shape = (1, policy.config.horizon, policy.config.action_dim)
+    stochastic = Explore(explore, execute, generator) if explore > 0 else None
     success = over = False
     while not over:
         frames = torch.from_numpy(recorder.look(observation))[None].to(device)
         started = time.perf_counter()
         state = torch.from_numpy(observation["state"])[None].to(device)
         noise = torch.randn(shape, generator=generator).to(device)
-        chunk = policy.act(frames, state, [env.instruction], noise, guidance, denoise_steps)
+        chunk, chain = policy.act(frames, state, [env.instruction], noise, guidance, denoise_steps, stochastic)
         actions = chunk[0, :execute].clamp(-1.0, 1.0).cpu().numpy()
+        if chain is not None:
+            recorder.add_chain(chain)
         recorder.inference_seconds += time.perf_counter() - started
         for action in actions:
             recorder.add(observation, action)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
+
+from ript_ray.policies.sampling import ChainStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Trajectory:
     state_hashes: np.ndarray
     """Fingerprint of the simulator before each action and at the end: uint64[L + 1]."""
     instruction: str
+    chain: dict[str, np.ndarray] = field(default_factory=dict)
+    """The stochastic step of each look's chunk, if there was one (see `ChainStep`): [n, …] by field."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time spent in ``physics``, ``render`` and ``inference``."""
 
@@ -60,7 +65,7 @@ class Trajectory:
     def nbytes(self) -> int:
         """Raw bytes of all arrays."""
         values = [getattr(self, f.name) for f in fields(self)]
-        arrays = [*values, *self.tickets.values(), *self.scene.values()]
+        arrays = [*values, *self.tickets.values(), *self.scene.values(), *self.chain.values()]
         return sum(value.nbytes for value in arrays if isinstance(value, np.ndarray))
 
     def ticket(self, step: int) -> dict[str, np.ndarray]:
@@ -113,32 +118,25 @@ class Batch:
     valid: torch.Tensor
     """bool[B, 50]: False where the trajectory had ended (padding)."""
     advantages: torch.Tensor
-    """float32[B]"""
+    """Leave-one-out: float32[B]."""
+    weights: torch.Tensor
+    """Advantages as processed for the objective: float32[B]."""
     instructions: list[str]
+    chain: ChainStep | None = None
+    """The stochastic steps by which the chunks were sampled, where every window has one."""
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(
-            frames=self.frames[rows],
-            states=self.states[rows],
-            actions=self.actions[rows],
-            valid=self.valid[rows],
-            advantages=self.advantages[rows],
-            instructions=self.instructions[rows],
-        )
+        return self._with(lambda value: None if value is None else value[rows])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            frames=self.frames.to(device),
-            states=self.states.to(device),
-            actions=self.actions.to(device),
-            valid=self.valid.to(device),
-            advantages=self.advantages.to(device),
-            instructions=self.instructions,
-        )
+        return self._with(lambda value: value.to(device) if hasattr(value, "to") else value)
+
+    def _with(self, change: Callable[[Any], Any]) -> Batch:
+        return Batch(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +147,9 @@ class Shard:
     trajectories: dict[int, Any]
     """Object references by identifier."""
     advantages: dict[int, float]
+    """Leave-one-out."""
+    weights: dict[int, float]
+    """Advantages as processed for the objective."""
     windows: np.ndarray
     """All windows as (trajectory, start): int32[N, 2]."""
     order: np.ndarray

@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -6,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ript_ray.algos.advantages import is_mixed, leave_one_out
-from ript_ray.algos.objectives import cfg, imitation, weighted_loss
+from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler
-from ript_ray.config import SamplingConfig
+from ript_ray.config import ObjectiveConfig, SamplingConfig
 from ript_ray.evaluation import paired_p_value, success_summary, wilson_interval
 
 
@@ -27,25 +27,83 @@ def test_leave_one_out_refuses_what_has_no_meaning(rewards: list[float]) -> None
         leave_one_out(np.array(rewards))
 
 
-def test_cfg_counts_successes_conditionally_and_everything_unconditionally() -> None:
-    advantages = torch.tensor([0.5, -0.5, 0.0])
-    conditional, unconditional = cfg(advantages, 0.1)
-    assert conditional.tolist() == [1.0, 0.0, 0.0]
-    assert unconditional.tolist() == pytest.approx([0.1] * 3)
-    assert imitation(advantages, 0.2)[0].tolist() == [1.0] * 3
+NORMALISATIONS = ["none", "zero_mean", "standard", "robust", "min_max"]
+CLIPS = ["none", "symmetric", "asymmetric", "quantile"]
+NEGATIVES = ["keep", "softplus", "exp", "abs", "clamp", "relu", "hinge"]
+values = st.lists(st.floats(-50, 50), min_size=2, max_size=40).map(np.array)
+separate = st.lists(st.integers(-500, 500), min_size=3, max_size=40, unique=True).map(lambda v: np.array(v) / 10)
 
 
-def test_weighted_loss_against_a_plain_loop() -> None:
-    torch.manual_seed(0)
-    errors = torch.rand(2, 3, 5, 2)
-    valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
-    weights = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.1, 0.1, 0.1])
-    expected = 0.0
-    for branch in range(2):
-        for row in range(3):
-            kept = [errors[branch, row, t, d].item() for t in range(5) for d in range(2) if valid[row, t]]
-            expected += weights[branch][row].item() * sum(kept) / len(kept)
-    assert weighted_loss(errors[0], errors[1], valid, weights).item() == pytest.approx(expected, rel=1e-6)
+def processed(advantages: np.ndarray, **settings: object) -> np.ndarray:
+    return process(advantages, ObjectiveConfig.model_validate(settings))[0]
+
+
+@given(separate, st.floats(0.1, 10), st.floats(-5, 5))
+def test_normalisations_are_invariant_to_what_they_remove(a: np.ndarray, scale: float, shift: float) -> None:
+    np.testing.assert_allclose(processed(a, normalise="none"), a)
+    centred = processed(a, normalise="zero_mean")
+    np.testing.assert_allclose(processed(a + shift, normalise="zero_mean"), centred, atol=1e-9)
+    for normalise in ("standard", "robust", "min_max"):
+        expected = processed(a, normalise=normalise)
+        np.testing.assert_allclose(processed(scale * a + shift, normalise=normalise), expected, rtol=1e-6, atol=1e-6)
+    assert centred.sum() == pytest.approx(0, abs=1e-8)
+    assert processed(a, normalise="standard").std() == pytest.approx(1)
+    assert np.median(processed(a, normalise="robust")) == pytest.approx(0, abs=1e-9)
+    mapped = processed(a, normalise="min_max")
+    assert (mapped.min(), mapped.max()) == pytest.approx((0, 1))
+
+
+@given(values, st.sampled_from(NORMALISATIONS), st.sampled_from(CLIPS), st.sampled_from(NEGATIVES))
+def test_processing_keeps_order_and_stays_finite(a: np.ndarray, normalise: str, clip: str, negatives: str) -> None:
+    result = processed(a, normalise=normalise, clip=clip, negatives=negatives)
+    assert np.isfinite(result).all()
+    if negatives != "abs":
+        order = np.argsort(a, kind="stable")
+        assert (np.diff(result[order]) >= -1e-9).all()
+    if negatives not in ("keep", "hinge"):
+        assert (result >= 0).all()
+
+
+@given(values)
+def test_clips_are_bounds_and_leave_the_inside_alone(a: np.ndarray) -> None:
+    for clip, low, high in (
+        ("symmetric", -3.0, 3.0),
+        ("asymmetric", -0.5, 3.0),
+        ("quantile", *np.quantile(a, [0.1, 0.9])),
+    ):
+        settings = ObjectiveConfig.model_validate(
+            {"clip": clip, "clip_low": 0.5, "clip_high": 3.0, "clip_quantile": 0.1}
+        )
+        result, counts = process(a, settings)
+        inside = (a >= low) & (a <= high)
+        assert (result >= low).all()
+        assert (result <= high).all()
+        np.testing.assert_array_equal(result[inside], a[inside])
+        assert counts.clipped == (~inside).sum()
+
+
+@given(values)
+def test_rules_for_negatives_against_their_formulas(a: np.ndarray) -> None:
+    np.testing.assert_array_equal(processed(a, negatives="keep"), a)
+    np.testing.assert_array_equal(processed(a, negatives="hinge"), a)
+    np.testing.assert_allclose(processed(a, negatives="relu"), [max(0.0, x) for x in a])
+    np.testing.assert_allclose(processed(a, negatives="abs"), [math.hypot(x) for x in a])
+    np.testing.assert_allclose(processed(a, negatives="clamp", floor=0.3), [x if x > 0.3 else 0.3 for x in a])
+    np.testing.assert_allclose(
+        processed(a, negatives="exp", temperature=2.0, weight_limit=9.0), [min(9.0, math.exp(x / 2)) for x in a]
+    )
+    softplus = torch.nn.functional.softplus(torch.from_numpy(a), beta=0.5, threshold=1e9)
+    np.testing.assert_allclose(processed(a, negatives="softplus", temperature=2.0), softplus, atol=1e-12)
+
+
+def test_what_is_not_finite_or_far_out_is_caught_and_counted() -> None:
+    a = np.array([0.5, -0.5, 0.4, -0.4, 0.3, np.nan, np.inf, -np.inf, 1e6])
+    result, counts = process(a, ObjectiveConfig(clip="symmetric", clip_high=1.0))
+    assert result.tolist() == [0.5, -0.5, 0.4, -0.4, 0.3, 0.0, 0.0, 0.0, 1.0]
+    assert (counts.not_finite, counts.outliers, counts.clipped) == (3, 1, 1)
+    for normalise in NORMALISATIONS:  # advantages that are all equal have no scale
+        assert np.isfinite(processed(np.full(4, 0.25), normalise=normalise)).all()
+        assert processed(np.array([]), normalise=normalise).shape == (0,)
 
 
 def test_sampler_skips_states_that_always_succeed_and_measures_them_again() -> None:

@@ -48,7 +48,8 @@ def point_config(env_id: str, **scaling: Any) -> Config:
         {
             "env": {"id": env_id, "image_size": 32, "max_steps": 20},
             "sampling": {"group_size": 2, "groups": 2, "max_groups": 4},
-            "train": {"updates": 1, "objective": "imitation", "batch_size": 4, "micro_batch": 4, "epochs": 1},
+            "objective": {"name": "imitation"},
+            "train": {"updates": 1, "batch_size": 4, "micro_batch": 4, "epochs": 1},
             "eval": {"episodes": 4},
             "scaling": {"actors": 1, "wait_timeout_s": 120, **scaling},
         }

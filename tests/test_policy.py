@@ -7,7 +7,8 @@ import torch
 from conftest import INSTRUCTION, make_policy, make_trajectory
 
 from learner.update import NonFinite, Step, learning_rate, update
-from ript_ray.config import TrainConfig
+from ript_ray.algos.objectives import Draw
+from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.data.windows import gather
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import (
@@ -18,7 +19,7 @@ from ript_ray.policies.checkpoints import (
     save_policy,
     weights_sha256,
 )
-from ript_ray.policies.flow import sample_time, shift_images
+from ript_ray.policies.flow import FlowPolicy, sample_time, shift_images
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch, Window
 
@@ -84,7 +85,7 @@ def test_acting_is_ten_euler_steps_and_leaves_the_noise_alone() -> None:
     policy, batch = make_policy(), make_batch(2)
     noise = torch.randn(2, 50, 7)
     before = noise.clone()
-    acted = policy.act(batch.frames, batch.states, batch.instructions, noise)
+    acted, _ = policy.act(batch.frames, batch.states, batch.instructions, noise)
     assert torch.equal(noise, before)
     with torch.no_grad():
         context = policy.encode(batch.frames, batch.states, batch.instructions)
@@ -94,17 +95,18 @@ def test_acting_is_ten_euler_steps_and_leaves_the_noise_alone() -> None:
     torch.testing.assert_close(acted, policy.transform.decode_actions(x, batch.states), rtol=1e-4, atol=1e-5)
 
 
-def test_losses_share_noise_and_time() -> None:
+def test_both_branches_of_a_draw_share_noise_and_time() -> None:
     policy, batch = make_policy(), make_batch(3)
     noise, t = torch.randn(3, 50, 7), torch.rand(3)
-    conditional, unconditional = policy(batch, noise, t)
+    draw = Draw(policy, batch, noise, t, torch.rand(3))
     chunk = policy.transform.encode_actions(batch.actions, batch.states)
     context = policy.encode(batch.frames, batch.states, batch.instructions)
     noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * chunk
-    for value, c in ((conditional, 1), (unconditional, 0)):
+    for value, c in zip(draw.velocity(1, 0), (1, 0), strict=True):
         v = policy.velocity(context, noisy, t, torch.full((3,), c))
+        torch.testing.assert_close(value, v, rtol=1e-4, atol=1e-5)
         expected = t[:, None, None] ** 2 * (v - (noise - chunk)) ** 2
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(draw.errors(value), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_times_follow_their_distribution() -> None:
@@ -134,7 +136,7 @@ def test_a_saved_policy_loads_with_the_same_bytes_and_acts_the_same(tmp_path: Pa
     assert weights_sha256(cpu_weights(loaded)) == weights_sha256(cpu_weights(policy))
     noise = torch.randn(2, 50, 7)
     arguments = (batch.frames, batch.states, [INSTRUCTION] * 2, noise)
-    assert torch.equal(loaded.act(*arguments), policy.act(*arguments))
+    assert torch.equal(loaded.act(*arguments)[0], policy.act(*arguments)[0])
     assert weights_sha256(cpu_weights(make_policy(seed=1))) != weights_sha256(cpu_weights(policy))
 
 
@@ -187,7 +189,8 @@ def config(**changes: object) -> TrainConfig:
 def updated(policy_seed: int, micro: int, **changes: object) -> dict[str, torch.Tensor]:
     policy, batch = make_policy(policy_seed), make_batch(6)
     parts = [lambda i=i: batch[i : i + micro] for i in range(0, 6, micro)]
-    update(policy, [Step(parts, 6)], config(micro_batch=micro, **changes), torch.Generator().manual_seed(0))
+    settings = config(micro_batch=micro, **changes)
+    update(policy, [Step(parts, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
     return cpu_weights(policy)
 
 
@@ -195,23 +198,24 @@ def test_learning_lowers_the_loss() -> None:
     policy, batch = make_policy(), make_batch(6)
     steps = [Step([lambda: batch], 6)] * 60
     seen: list[int] = []
-    result = update(policy, steps, config(), torch.Generator().manual_seed(0), lambda i, loss: seen.append(i))
+    generator = torch.Generator().manual_seed(0)
+    _, result = update(policy, steps, config(), ObjectiveConfig(), generator, lambda i, loss: seen.append(i))
     assert result["loss"] < 0.9 * result["loss_first"]
     assert seen == list(range(60))
 
 
 def test_a_batch_that_does_not_fit_is_split_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = updated(0, micro=6)
-    forward = type(make_policy()).forward
+    encode = FlowPolicy.encode
     calls: list[int] = []
 
-    def limited(self: object, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> object:
-        calls.append(len(batch))
-        if len(batch) > 2:
+    def limited(self: FlowPolicy, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
+        calls.append(len(states))
+        if len(states) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, batch, noise, t)
+        return encode(self, frames, states, instructions)
 
-    monkeypatch.setattr(type(make_policy()), "forward", limited)
+    monkeypatch.setattr(FlowPolicy, "encode", limited)
     split = updated(0, micro=6)
     assert calls == [6, 3, 2, 2, 2]
     for name, tensor in whole.items():
@@ -222,7 +226,7 @@ def test_a_batch_of_one_that_does_not_fit_is_an_error(monkeypatch: pytest.Monkey
     def never(*_: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(type(make_policy()), "forward", never)
+    monkeypatch.setattr(FlowPolicy, "encode", never)
     with pytest.raises(torch.OutOfMemoryError):
         updated(0, micro=2)
 
@@ -231,6 +235,55 @@ def test_nan_never_reaches_the_weights() -> None:
     policy, batch = make_policy(), make_batch(6)
     before = weights_sha256(cpu_weights(policy))
     batch.actions[0, 0, 0] = float("nan")
+    imitation = ObjectiveConfig(name="imitation")
     with pytest.raises(NonFinite, match=r"try a lower train\.lr"):
-        update(policy, [Step([lambda: batch], 6)], config(objective="imitation"), torch.Generator().manual_seed(0))
+        update(policy, [Step([lambda: batch], 6)], config(), imitation, torch.Generator().manual_seed(0))
     assert weights_sha256(cpu_weights(policy)) == before
+
+
+def test_the_moving_average_is_one_and_is_published_or_not() -> None:
+    def trained(**changes: object) -> tuple[FlowPolicy, FlowPolicy]:
+        policy, batch = make_policy(), make_batch(6)
+        steps = [Step([lambda: batch], 6)] * 5
+        settings = config(warmup=1.0, **changes)
+        return policy, update(policy, steps, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))[0]
+
+    # The weights after each of the steps, from runs that stop there would need other schedules: take them as they go.
+    seen: list[dict[str, torch.Tensor]] = []
+    policy, batch = make_policy(), make_batch(6)
+    update(
+        policy,
+        [Step([lambda: batch], 6)] * 5,
+        config(warmup=1.0),
+        ObjectiveConfig(),
+        torch.Generator().manual_seed(0),
+        lambda i, loss: seen.append(cpu_weights(policy)),
+    )
+    expected = seen[0]["time.weight"]
+    for weights in seen[1:]:
+        expected = 0.8 * expected + 0.2 * weights["time.weight"]
+    last, averaged = trained(ema=0.8)
+    torch.testing.assert_close(averaged.time.weight, expected)
+    assert weights_sha256(cpu_weights(last)) == weights_sha256(seen[-1])
+    last, acting = trained(ema=0.8, act_with_ema=False)
+    assert acting is last
+
+
+def test_an_anchor_holds_the_policy_back_and_its_penalty_is_the_change_of_the_velocity() -> None:
+    def change(anchor: float) -> float:
+        policy, batch = make_policy(), make_batch(6)
+        start = make_policy()
+        settings = config(anchor=anchor)
+        update(policy, [Step([lambda: batch], 6)] * 40, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        draw = Draw(policy, batch, torch.ones(6, 50, 7), torch.full((6,), 0.5), torch.rand(6))
+        old = Draw(start, batch, torch.ones(6, 50, 7), torch.full((6,), 0.5), torch.rand(6))
+        valid = batch.valid[..., None].float()
+        expected = sum(
+            (0.25 * (new - before).square() * valid).sum((1, 2)) / (7 * valid.sum((1, 2)))
+            for new, before in zip(draw.velocity(1, 0), old.velocity(1, 0), strict=True)
+        )
+        torch.testing.assert_close(draw.change_since(start), expected / 2, rtol=1e-4, atol=1e-6)
+        return draw.change_since(start).mean().item()
+
+    free, held = change(0.0), change(10.0)
+    assert held < 0.3 * free

@@ -107,7 +107,7 @@ def test_a_gymnasium_environment_from_demonstrations_to_a_better_policy(tmp_path
         f"run.dir={run}",
         f"policy.checkpoint={tmp_path}/policy",
         "data.windows=all",
-        "train.objective=imitation",
+        "objective.name=imitation",
         "sampling.groups=2",
         "sampling.max_groups=2",
         "sampling.group_size=2",

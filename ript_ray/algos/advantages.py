@@ -1,8 +1,13 @@
-"""Leave-one-out advantages (RLOO) of a group of rollouts of one context."""
+"""Leave-one-out advantages (RLOO) of a group of rollouts of one context, and how they become weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
+
+from ript_ray.config import ObjectiveConfig
 
 
 def leave_one_out(rewards: np.ndarray) -> np.ndarray:
@@ -27,3 +32,79 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
 def is_mixed(rewards: np.ndarray) -> bool:
     """Does the group tell anything? A group in which all rewards are equal has no advantages and is rejected."""
     return bool(np.ptp(np.asarray(rewards)) > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageCounts:
+    """What `process` met."""
+
+    not_finite: int
+    """NaN or infinite advantages; they became 0."""
+    outliers: int
+    """Advantages further from the median than ten of its robust deviations; they were left to ``clip``."""
+    clipped: int
+    """Advantages that ``clip`` moved."""
+
+
+_EPS = 1e-8
+_OUTLIER = 10.0
+
+
+def process(advantages: np.ndarray, config: ObjectiveConfig) -> tuple[np.ndarray, AdvantageCounts]:
+    """Normalise, clip, and turn negatives into weights, as ``objective.*`` says.
+
+    Args:
+        advantages: of all trajectories of an update, float[N].
+        config: chooses each of the three; see there for the formulas.
+
+    Returns:
+        Weights, finite: float64[N], and what was met on the way.
+    """
+    values = np.asarray(advantages, dtype=np.float64)
+    finite = np.isfinite(values)
+    values = np.where(finite, values, 0.0)
+    centre = float(np.median(values)) if values.size else 0.0
+    deviation = 1.4826 * float(np.median(np.abs(values - centre))) if values.size else 0.0
+    outliers = int((np.abs(values - centre) > _OUTLIER * deviation).sum()) if deviation > 0 else 0
+    normalised = _normalise(values, config.normalise)
+    clipped = _clip(normalised, config)
+    counts = AdvantageCounts(int((~finite).sum()), outliers, int((clipped != normalised).sum()))
+    return _negatives(clipped, config), counts
+
+
+def _normalise(values: np.ndarray, how: str) -> np.ndarray:
+    if how == "none" or not values.size:
+        return values
+    if how == "min_max":
+        return (values - values.min()) / max(float(np.ptp(values)), _EPS)
+    if how == "robust":
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+        # The interquartile range of a normal distribution is 1.349 deviations; it is 0 when half the values are equal.
+        return (values - middle) / ((high - low) / 1.349 if high > low else 1.0)
+    centred = values - values.mean()
+    return centred if how == "zero_mean" else centred / max(float(values.std()), _EPS)
+
+
+def _clip(values: np.ndarray, config: ObjectiveConfig) -> np.ndarray:
+    if config.clip == "none" or not values.size:
+        return values
+    if config.clip == "quantile":
+        low, high = np.quantile(values, [config.clip_quantile, 1 - config.clip_quantile])
+    else:
+        low = -(config.clip_high if config.clip == "symmetric" else config.clip_low)
+        high = config.clip_high
+    return np.clip(values, low, high)
+
+
+def _negatives(values: np.ndarray, config: ObjectiveConfig) -> np.ndarray:
+    tau = config.temperature
+    rules: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "keep": lambda a: a,
+        "hinge": lambda a: a,
+        "softplus": lambda a: tau * np.logaddexp(0.0, a / tau),
+        "exp": lambda a: np.exp(np.minimum(a / tau, np.log(config.weight_limit))),
+        "abs": np.abs,
+        "clamp": lambda a: np.maximum(a, config.floor),
+        "relu": lambda a: np.maximum(a, 0.0),
+    }
+    return rules[config.negatives](values)

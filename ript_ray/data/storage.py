@@ -18,7 +18,7 @@ from ript_ray.errors import UserError
 from ript_ray.types import Context, EpisodeRecord, Trajectory
 
 _ARRAYS = ("actions", "labels", "states", "frames", "frame_steps", "state_hashes")
-_GROUPS = ("tickets", "scene")
+_GROUPS = ("tickets", "scene", "chain")
 _RECORD_ARRAYS = ("actions", "state_hashes")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import torch
 
+from ript_ray.policies.sampling import ChainStep
 from ript_ray.types import Batch, Trajectory, Window
 
 HORIZON = 50
@@ -43,6 +45,7 @@ def gather(
     trajectories: Mapping[int, Trajectory],
     advantages: Mapping[int, float],
     rendered: Mapping[tuple[int, int], np.ndarray] = MappingProxyType({}),
+    weights: Mapping[int, float] | None = None,
 ) -> Batch:
     """Copy the data of ``windows`` into one batch. Padded steps repeat the last action and are marked invalid.
 
@@ -51,6 +54,7 @@ def gather(
         trajectories: by identifier.
         advantages: by identifier.
         rendered: frames that were made for training, by trajectory and step: uint8[C, H, W, 3].
+        weights: processed advantages, by identifier; as they are by default.
 
     Raises:
         KeyError: when a window's frame was never rendered.
@@ -71,13 +75,33 @@ def gather(
         actions=torch.from_numpy(np.stack(actions)),
         valid=torch.from_numpy(np.stack(valid)),
         advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
+        weights=torch.tensor([(weights or advantages)[w.trajectory] for w in windows], dtype=torch.float32),
         instructions=[trajectories[w.trajectory].instruction for w in windows],
+        chain=_chain(windows, trajectories),
     )
 
 
+def _chain(windows: Sequence[Window], trajectories: Mapping[int, Trajectory]) -> ChainStep | None:
+    rows = [(trajectories[w.trajectory], _look(trajectories[w.trajectory], w.start)) for w in windows]
+    if any(row is None or not trajectory.chain for trajectory, row in rows):
+        return None
+    return ChainStep(
+        **{
+            f.name: torch.from_numpy(np.stack([trajectory.chain[f.name][row] for trajectory, row in rows]))
+            for f in fields(ChainStep)
+        }
+    )
+
+
+def _look(trajectory: Trajectory, step: int) -> int | None:
+    """Which of the policy's looks was at this step."""
+    row = int(np.searchsorted(trajectory.frame_steps, step))
+    return row if row < len(trajectory.frame_steps) and trajectory.frame_steps[row] == step else None
+
+
 def _frame(window: Window, trajectory: Trajectory, rendered: Mapping[tuple[int, int], np.ndarray]) -> np.ndarray:
-    row = int(np.searchsorted(trajectory.frame_steps, window.start))
-    if row < len(trajectory.frame_steps) and trajectory.frame_steps[row] == window.start:
+    row = _look(trajectory, window.start)
+    if row is not None:
         return trajectory.frames[row]
     try:
         return rendered[window.trajectory, window.start]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
 from ript_ray.policies.transform import Transform
-from ript_ray.types import Batch
 
 CAMERA_FEATURES = 128
 """Length of the vector that each camera's frame becomes."""
@@ -106,30 +106,6 @@ class FlowPolicy(nn.Module):
         clean = self.chunk_mean + self.chunk_std * self.project_out(hidden).view_as(x)
         return (x - clean) / t[:, None, None]
 
-    def forward(self, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted squared velocity errors of both branches, c = 1 and c = 0, with shared noise and time.
-
-        ℓ = t²·‖v(c) − (ε − a)‖², which is the squared error of the clean chunk: without the weight the smallest times,
-        where the velocity is hardest to tell, would drown the rest.
-
-        Args:
-            batch: B windows.
-            noise: float32[B, horizon, action_dim].
-            t: float32[B].
-
-        Returns:
-            Two tensors float32[B, horizon, action_dim]: ℓ per element, c = 1 first.
-        """
-        chunk = self.transform.encode_actions(batch.actions, batch.states)
-        context = self.encode(batch.frames, batch.states, batch.instructions)
-        time = t[:, None, None]
-        noisy = time * noise + (1 - time) * chunk
-        condition = torch.tensor([1, 0], device=t.device).repeat_interleave(len(batch))
-        velocity = self.velocity(context.repeat(2, 1), noisy.repeat(2, 1, 1), t.repeat(2), condition)
-        errors = (time.repeat(2, 1, 1) * (velocity - (noise - chunk).repeat(2, 1, 1))).square()
-        conditional, unconditional = errors.chunk(2)
-        return conditional, unconditional
-
     @torch.no_grad()
     def act(
         self,
@@ -139,7 +115,8 @@ class FlowPolicy(nn.Module):
         noise: torch.Tensor,
         guidance: float = 1.0,
         steps: int = 10,
-    ) -> torch.Tensor:
+        explore: Explore | None = None,
+    ) -> tuple[torch.Tensor, ChainStep | None]:
         """Sample chunks of actions in the environment's units: float32[B, horizon, action_dim].
 
         Args:
@@ -149,13 +126,20 @@ class FlowPolicy(nn.Module):
             noise: where the integration starts, float32[B, horizon, action_dim]; not modified.
             guidance: w in v = v₀ + w(v₁ − v₀): 0 is the unconditional mode, 1 the conditional, more extrapolates.
             steps: Euler steps.
+            explore: makes one of the steps stochastic.
+
+        Returns:
+            The chunks, and the stochastic step if there was one.
         """
         context = self.encode(frames, states, instructions)
-        x = noise
-        for i in range(steps):
-            t = torch.full((len(x),), 1.0 - i / steps, device=x.device)
-            x = x - self.guided_velocity(context, x, t, guidance) / steps
-        return self.transform.decode_actions(x, states)
+
+        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.guided_velocity(context, x, t, guidance)
+
+        if explore is None:
+            return self.transform.decode_actions(integrate(velocity, noise, steps), states), None
+        x, chain = integrate_with_noise(velocity, noise, steps, explore)
+        return self.transform.decode_actions(x, states), chain
 
     def guided_velocity(self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, guidance: float) -> torch.Tensor:
         """v₀ + w(v₁ − v₀); at w = 0 and w = 1 only the one branch that matters is computed."""

@@ -1,0 +1,158 @@
+"""What an objective is given, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ript_ray.config import ObjectiveConfig
+from ript_ray.policies.sampling import log_prob_under
+from ript_ray.policies.transform import Transform
+from ript_ray.types import Batch
+
+
+class VelocityModel(Protocol):
+    """What objectives need of a policy."""
+
+    transform: Transform
+
+    def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
+        """Observation features: float32[B, …]."""
+        ...
+
+    def velocity(
+        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
+        """v(x, t | context, c): float32[B, T, D]."""
+        ...
+
+
+@dataclass(slots=True)
+class Loss:
+    """What an objective returns: one value per sample, so that micro-batches of any size add up to the batch."""
+
+    per_sample: torch.Tensor
+    """float32[B]; the gradient flows through it."""
+    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Named values per sample, float32[B]; their means over the update are logged as ``learner/<name>``."""
+
+
+class Objective(Protocol):
+    """A loss for one micro-batch.
+
+    ``objective(draw, settings)`` asks ``draw`` for velocities, errors or log-probabilities and weighs them with
+    ``draw.batch.advantages`` (leave-one-out, as they are) or ``draw.batch.weights`` (processed as configured).
+    """
+
+    def __call__(self, draw: Draw, settings: ObjectiveConfig) -> Loss:
+        """The loss of each sample."""
+        ...
+
+
+class Draw:
+    """A micro-batch at its drawn noise and times, and the questions that an objective may ask of policies about it.
+
+    Args:
+        policy: is trained; gradients flow.
+        batch: B windows.
+        noise: ε, float32[B, T, D].
+        time: t, float32[B].
+        chance: a uniform random number for each sample, float32[B].
+        reference: the policy before this update, frozen; only for objectives that compare with it.
+    """
+
+    def __init__(
+        self,
+        policy: VelocityModel,
+        batch: Batch,
+        noise: torch.Tensor,
+        time: torch.Tensor,
+        chance: torch.Tensor,
+        reference: VelocityModel | None = None,
+    ) -> None:
+        self.batch = batch
+        self.time = time
+        self.chance = chance
+        self._policy = policy
+        self._reference = reference
+        clean = policy.transform.encode_actions(batch.actions, batch.states)
+        t = time[:, None, None]
+        self._noisy = t * noise + (1 - t) * clean
+        self.target = noise - clean
+        """u = ε − a: float32[B, T, D]."""
+        self._context: torch.Tensor | None = None
+
+    def velocity(self, *conditions: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+        """v(x_t, t | c) for each of the conditions, in one pass: float32[B, T, D] each."""
+        return self._velocity(self._policy, self._features(), conditions)
+
+    def reference_velocity(self, *conditions: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+        """The same of the frozen policy, without gradients.
+
+        Raises:
+            ValueError: when no reference was given.
+        """
+        if self._reference is None:
+            raise ValueError("this objective compares with the policy before the update, which was not given")
+        with torch.no_grad():
+            return self._velocity(self._reference, self._encode(self._reference), conditions)
+
+    def change_since(self, anchor: VelocityModel) -> torch.Tensor:
+        """t²·(v − v_anchor)² of both branches, averaged over elements and branches: float32[B]."""
+        with torch.no_grad():
+            old = self._velocity(anchor, self._encode(anchor), (1, 0))
+        new = self._velocity(self._policy, self._features(), (1, 0))
+        t = self.time[:, None, None]
+        changes = [self.mean((t * (n - o)).square()) for n, o in zip(new, old, strict=True)]
+        return (changes[0] + changes[1]) / 2
+
+    def errors(self, velocity: torch.Tensor) -> torch.Tensor:
+        """Flow-matching loss ℓ = t²·(v − u)² per element, the squared error of the clean chunk: float32[B, T, D].
+
+        Without the weight the smallest times, where the velocity is hardest to tell, would drown the rest.
+        """
+        return (self.time[:, None, None] * (velocity - self.target)).square()
+
+    def mean(self, elements: torch.Tensor) -> torch.Tensor:
+        """Mean over action dimensions and valid steps: float32[B, T, D] → float32[B]."""
+        steps = self.batch.valid.to(elements)
+        return (elements.mean(-1) * steps).sum(1) / steps.sum(1).clamp_min(1.0)
+
+    def chain_log_prob(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of the stochastic step by which each sample was made, now and then, of c = 1.
+
+        Sums over action dimensions and over those steps that were executed: float32[B] each.
+
+        Raises:
+            ValueError: when the samples were made without one.
+        """
+        chain = self.batch.chain
+        if chain is None:
+            raise ValueError("these samples were made without a stochastic step; set policy.explore, for example 0.5")
+        ones = torch.ones(len(self.batch), dtype=torch.long, device=self.time.device)
+        velocity = self._policy.velocity(self._features(), chain.x, chain.time, ones).float()
+        now = log_prob_under(velocity, chain)
+        executed = (torch.arange(now.shape[1], device=now.device) < chain.executed[:, None]) & self.batch.valid
+        return (now * executed).sum(1), (chain.log_prob * executed).sum(1)
+
+    def _features(self) -> torch.Tensor:
+        if self._context is None:
+            self._context = self._encode(self._policy)
+        return self._context
+
+    def _encode(self, policy: VelocityModel) -> torch.Tensor:
+        return policy.encode(self.batch.frames, self.batch.states, self.batch.instructions)
+
+    def _velocity(
+        self, policy: VelocityModel, context: torch.Tensor, conditions: tuple[torch.Tensor | int, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        size, count = len(self.batch), len(conditions)
+        filled = [
+            torch.full((size,), c, device=self.time.device) if isinstance(c, int) else c.long() for c in conditions
+        ]
+        context, x, t = (
+            tensor.repeat(count, *[1] * (tensor.dim() - 1)) for tensor in (context, self._noisy, self.time)
+        )
+        return policy.velocity(context, x, t, torch.cat(filled)).float().chunk(count)

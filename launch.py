@@ -68,7 +68,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
         summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actors[0].renderer.remote()))
-        summary |= {"updates": config.train.updates, "weights_version": version, "weights_sha256": sha256}
+        summary |= {"updates": version, "weights_sha256": sha256}
         summary["seconds"]["total"] = time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
         tracker.artifacts(run_dir)

@@ -17,8 +17,10 @@ which is played again. Every wait is bounded by the episode's time limit.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ import ray
 from actors.dispatcher import Dispatcher, Episode, Outcome
 from actors.rollout import EpisodeReport
 from ript_ray.algos.sampling import ContextSampler, Group
-from ript_ray.config import Config
+from ript_ray.config import Config, SamplingConfig
 from ript_ray.data.storage import save_episode
+from ript_ray.evaluation import wilson_interval
 from ript_ray.types import Context
 
 
@@ -47,6 +50,58 @@ class _Totals:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("physics", "render", "inference"), 0.0))
     weights_wait_s: list[float] = field(default_factory=list)
     rollout_s: float = 0.0
+    ended_by: Counter[str] = field(default_factory=Counter)
+    """How often each quota or budget ended the rollouts of an update."""
+
+
+@dataclass(slots=True)
+class _Collection:
+    """The rollouts of one update while they come in."""
+
+    groups: dict[int, Group] = field(default_factory=dict)
+    """Open ones."""
+    rewards: dict[int, list[float]] = field(default_factory=dict)
+    """Of finished rollouts, by group."""
+    opened: int = 0
+    accepted: int = 0
+    all_failed: int = 0
+    all_succeeded: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since the collection began."""
+        return time.perf_counter() - self.started
+
+    def open(self, group: Group) -> None:
+        """Note a group that is now rolled out."""
+        self.groups[group.id], self.rewards[group.id] = group, []
+        self.opened += 1
+
+    def ended_by(self, config: SamplingConfig) -> str | None:
+        """The quota or the budget that ends it, if one does."""
+        if self.accepted >= math.ceil(config.enough * config.groups):
+            return "quota"
+        if config.max_seconds is not None and self.seconds > config.max_seconds:
+            return "seconds"
+        return "groups" if not self.groups and self.opened >= config.max_groups else None
+
+    def metrics(self) -> dict[str, float]:
+        """A row of metrics: success with its 95 % interval, groups, seconds."""
+        finished = [reward for rewards in self.rewards.values() for reward in rewards]
+        low, high = wilson_interval(round(sum(finished)), len(finished))
+        return {
+            "rollout/success_rate": float(np.mean(finished)) if finished else 0.0,
+            "rollout/success_low": low,
+            "rollout/success_high": high,
+            "rollout/episodes": len(finished),
+            "rollout/groups_accepted": self.accepted,
+            "rollout/groups_rejected": self.all_failed + self.all_succeeded,
+            "rollout/groups_all_failed": self.all_failed,
+            "rollout/groups_all_succeeded": self.all_succeeded,
+            "rollout/groups_cancelled": len(self.groups),
+            "rollout/seconds": self.seconds,
+        }
 
 
 @ray.remote(num_cpus=0, max_concurrency=4)
@@ -89,7 +144,9 @@ class Coordinator:
             lead = config.train.lead if config.train.mode == "async" else 0
             self._enter("waiting for weights", 0)
             self._wait_for_weights(max(0, step - lead))
-            self._collect(step, dispatcher)
+            if self._collect(step, dispatcher):
+                self._ask(self._pool.finish.remote(step))
+                break
             jobs = self._ask(self._pool.seal.remote(step))
             if jobs:
                 # The learner may start: frames come in the order in which it needs them.
@@ -156,6 +213,7 @@ class Coordinator:
             "surplus": totals.surplus,
             "errors": totals.errors,
             "skipped_states": self._sampler.skipped,
+            "collections_ended_by": dict(totals.ended_by),
             "set_aside": [asdict(entry) for entry in self._sampler.aside],
             "frames": {"looked": totals.frames, "eager": totals.eager_frames},
             "seconds": {"rollout": totals.rollout_s} | totals.seconds,
@@ -177,58 +235,61 @@ class Coordinator:
             if not self._stage.endswith("rollouts"):
                 self._stage, self._done, self._expected = stage, done, expected
 
-    def _collect(self, step: int, dispatcher: Dispatcher) -> None:
-        """Roll groups out until enough mixed ones were accepted or the budget is spent; cancel the surplus."""
+    def _collect(self, step: int, dispatcher: Dispatcher) -> bool:
+        """Roll groups out until enough mixed ones were accepted or a budget is spent; cancel the surplus.
+
+        Returns:
+            Whether the goal ``train.stop_at`` is reached.
+        """
         config = self._config.sampling
-        started = time.perf_counter()
         self._enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
-        groups: dict[int, Group] = {}
-        rewards: dict[int, list[float]] = {}
-        good = rejected = opened = 0
+        now = _Collection()
         # Enough open groups to keep every actor busy, even when fewer are still wanted.
         busy = -(-len(self._actors) // config.group_size)
         errors_before = len(dispatcher.errors)
-        while good < config.groups and (groups or opened < config.max_groups):
-            while opened < config.max_groups and len(groups) < max(config.groups - good, busy):
+        while (ended_by := now.ended_by(config)) is None:
+            while now.opened < config.max_groups and len(now.groups) < max(config.groups - now.accepted, busy):
                 group = self._sampler.next_group()
-                groups[group.id], rewards[group.id] = group, []
-                opened += 1
+                now.open(group)
+                acting = self._config.policy
                 for context in group.contexts:
-                    acting = self._config.policy
                     dispatcher.submit(Episode(group.id, context, acting.guidance, acting.explore))
             for outcome in dispatcher.wait():
-                episode, report, reference = outcome.episode, outcome.report, outcome.reference
-                if report is None:
-                    opened -= self._give_up(outcome, groups, dispatcher)
-                    continue
-                self._note(report)
-                if episode.tag not in groups:
-                    self._totals.surplus += 1
-                    continue
-                rewards[episode.tag].append(float(report.success))
-                verdict = self._ask(self._pool.add.remote(episode.tag, report, [reference]))
-                if verdict is not None:
-                    self._sampler.record(groups.pop(episode.tag), np.array(rewards[episode.tag]))
-                    good += bool(verdict)
-                    rejected += not verdict
-        self._totals.surplus += dispatcher.cancel(set(groups))
-        for group_id in groups:
+                if outcome.report is None:
+                    now.opened -= self._give_up(outcome, now.groups, dispatcher)
+                else:
+                    self._take(outcome, now)
+        self._totals.surplus += dispatcher.cancel(set(now.groups))
+        for group_id in now.groups:
             self._ask(self._pool.discard.remote(group_id))
-        seconds = time.perf_counter() - started
-        self._totals.rollout_s += seconds
-        self._totals.errors += dispatcher.errors[errors_before:]
-        finished = [reward for values in rewards.values() for reward in values]
-        self.log(
-            {
-                "update": step + 1,
-                "rollout/success_rate": float(np.mean(finished)) if finished else 0.0,
-                "rollout/episodes": len(finished),
-                "rollout/groups_accepted": good,
-                "rollout/groups_rejected": rejected,
-                "rollout/seconds": seconds,
-                "rollout/errors": len(dispatcher.errors) - errors_before,
-            }
-        )
+        errors = dispatcher.errors[errors_before:]
+        self._totals.rollout_s += now.seconds
+        self._totals.ended_by[ended_by] += 1
+        self._totals.errors += errors
+        row = now.metrics() | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
+        self.log({"update": step + 1} | row)
+        goal = self._config.train.stop_at
+        return goal is not None and row["rollout/success_low"] >= goal
+
+    def _take(self, outcome: Outcome, now: _Collection) -> None:
+        """Hand a finished rollout to the pool; note its group's verdict if it was the last one."""
+        episode, report = outcome.episode, outcome.report
+        assert report is not None
+        self._note(report)
+        if episode.tag not in now.groups:
+            self._totals.surplus += 1
+            return
+        now.rewards[episode.tag].append(float(report.success))
+        verdict = self._ask(self._pool.add.remote(episode.tag, report, [outcome.reference]))
+        if verdict is None:
+            return
+        self._sampler.record(now.groups.pop(episode.tag), np.array(now.rewards[episode.tag]))
+        if verdict:
+            now.accepted += 1
+        elif report.success:
+            now.all_succeeded += 1
+        else:
+            now.all_failed += 1
 
     def _give_up(self, outcome: Outcome, groups: dict[int, Group], dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""

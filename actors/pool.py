@@ -19,7 +19,7 @@ from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import AdvantageCounts, is_mixed, leave_one_out, process
 from ript_ray.config import Config
 from ript_ray.data.windows import shuffled_batches, window_starts
-from ript_ray.types import FrameBatch, FrameJob, Shard
+from ript_ray.types import Finished, FrameBatch, FrameJob, Shard
 
 _FRAMES_PER_JOB = 16
 """Small, so that the first ones arrive soon and all actors share the work."""
@@ -61,6 +61,8 @@ class SamplePool:
         """The step that is being sealed, and which of its windows have no frame of their trajectory's own."""
         self._rendered: dict[tuple[int, int], FrameBatch] = {}
         """Frames made for training, by trajectory and step; kept as long as the trajectory."""
+        self._end: int | None = None
+        """The first step that there will not be, once that is known."""
         self._newly_sealed = asyncio.Condition()
         self._count = _Counters()
 
@@ -152,13 +154,25 @@ class SamplePool:
         async with self._newly_sealed:
             self._newly_sealed.notify_all()
 
-    async def next_shard(self, step: int, rank: int, world: int, timeout_s: float) -> Shard | None:
+    async def finish(self, step: int) -> None:
+        """There will be no step from ``step`` on."""
+        async with self._newly_sealed:
+            self._end = step
+            self._newly_sealed.notify_all()
+
+    async def next_shard(self, step: int, rank: int, world: int, timeout_s: float) -> Shard | Finished | None:
         """The share of ``rank`` in a step; waits until the step is sealed, None after ``timeout_s``."""
+
+        def known() -> bool:
+            return step in self._sealed or self._is_over(step)
+
         async with self._newly_sealed:
             try:
-                await asyncio.wait_for(self._newly_sealed.wait_for(lambda: step in self._sealed), timeout_s)
+                await asyncio.wait_for(self._newly_sealed.wait_for(known), timeout_s)
             except TimeoutError:
                 return None
+        if self._is_over(step):
+            return Finished()
         whole = self._sealed[step]
         columns = np.array_split(np.arange(whole.order.shape[1]), world)[rank]
         return replace(whole, order=whole.order[:, columns])
@@ -178,6 +192,9 @@ class SamplePool:
             "stored_bytes": count.stored_bytes,
             "training_frames": count.frames,
         }
+
+    def _is_over(self, step: int) -> bool:
+        return self._end is not None and step >= self._end
 
     def _sweep(self, step: int) -> None:
         limit = step - self._config.train.max_staleness

@@ -21,7 +21,7 @@ from ript_ray.config import Config
 from ript_ray.data.windows import gather
 from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, to_publish
 from ript_ray.policies.flow import FlowPolicy
-from ript_ray.types import Batch, FrameBatch, Shard, Trajectory, Window
+from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
 # learner's speed on a CPU. These keep it; the peak does not change.
@@ -109,6 +109,8 @@ def train_loop(settings: dict[str, Any]) -> None:
                 f"learner {rank} waited {limit:.0f} s for the samples of update {step + 1}; see the Coordinator's log, "
                 "or raise scaling.wait_timeout_s"
             )
+        if isinstance(shard, Finished):
+            break
         idle = time.perf_counter() - waiting
         began = time.perf_counter()
         if config.train.restart:

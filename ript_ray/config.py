@@ -86,7 +86,13 @@ class SamplingConfig(_Section):
     groups: int = Field(default=8, ge=1)
     """Mixed groups (some succeed, some fail) wanted for one update."""
     max_groups: int = Field(default=12, ge=1)
-    """Budget of groups for one update: rejected ones are replaced until it is spent."""
+    """Budget of groups for one update, ``group_size`` episodes each: rejected ones are replaced until it is spent."""
+    max_seconds: float | None = Field(default=None, gt=0.0)
+    """Budget of seconds for the rollouts of one update; unlimited by default."""
+    enough: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Early stop: share of the wanted groups after which an update no longer waits for the rest."""
+    target_success: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Curriculum: prefer initial states at which about this share of rollouts succeeds; all alike by default."""
     skip_after: int = Field(default=2, ge=1)
     """Skip an initial state after so many groups in a row in which every rollout succeeded."""
     remeasure_after: int = Field(default=3, ge=1)

@@ -160,6 +160,11 @@ class Shard:
     """Frames made for training, in the order of their first use."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """In the place of a shard: there will be no more, since the goal is reached."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameBatch:
     """Frames that are made, or will be, for windows of a shard."""

@@ -1,4 +1,5 @@
-"""Environments that really hang, crash or leak, for gymnasium's registry: ``tests.faulty_worlds:Hang-v0`` and so on.
+"""Environments that really hang, crash or leak, for gymnasium's registry: ``tests.faulty_worlds:Hang-v0`` and so on;
+and one that is too easy.
 
 The fault strikes once, in the third step of an episode, while the environment variable's file is there; a stillborn one
 crashes whenever it is made.
@@ -66,6 +67,15 @@ class Faulty(PointReach):
         return True
 
 
+class Easy(PointReach):
+    """Succeeds at once, whatever is done."""
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, _, _, truncated, info = super().step(action)
+        return observation, 1.0, True, truncated, info | {"success": True}
+
+
+gym.register("Easy-v0", entry_point=Easy, max_episode_steps=20)
 for name, fault in (("Hang", hang), ("Crash", crash), ("Leak", leak)):
     gym.register(f"{name}-v0", entry_point=Faulty, kwargs={"fault": fault}, max_episode_steps=20)
 gym.register("Stillborn-v0", entry_point=Faulty, kwargs={"fault": crash, "at_birth": True}, max_episode_steps=20)

@@ -118,6 +118,21 @@ def test_sampler_skips_states_that_always_succeed_and_measures_them_again() -> N
     assert visits.count(1) < visits.count(0)
 
 
+def test_curriculum_prefers_states_near_the_target() -> None:
+    config = SamplingConfig(group_size=2, target_success=0.5, skip_after=100)
+    sampler = ContextSampler(["libero_object/0"], (0, 3), config, seed=0)
+    rates = {0: [0.0, 0.0], 1: [1.0, 0.0], 2: [1.0, 1.0]}
+    visits = []
+    for _ in range(300):
+        group = sampler.next_group()
+        visits.append(group.start[1])
+        sampler.record(group, np.array(rates[group.start[1]]))
+    late = visits[50:]
+    # exp(−½(0.5/0.2)²) = 0.044 for the states far from the target
+    assert late.count(1) / len(late) == pytest.approx(1 / (1 + 2 * 0.044), abs=0.05)
+    assert late.count(0) > 0
+
+
 def test_sampler_never_repeats_a_seed_and_is_reproducible() -> None:
     config = SamplingConfig(group_size=4)
     a, b = (ContextSampler(["libero_object/0"], (0, 5), config, seed=7) for _ in range(2))

@@ -26,7 +26,7 @@ from ript_ray.config import Config, ScalingConfig
 from ript_ray.policies.checkpoints import describe, to_publish
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
-from ript_ray.types import Context, Trajectory
+from ript_ray.types import Context, Finished, Trajectory
 from ript_ray.watchdog import Watchdog
 
 pytestmark = pytest.mark.ray
@@ -136,6 +136,49 @@ def test_a_task_that_always_fails_is_set_aside_and_the_rest_goes_on(armed: Path,
     outcome = ray.get(coordinator.evaluate.remote("evaluating"), timeout=240)
     assert [result is None for result in outcome["results"]] == [True, False, True, False]
     assert len(list((tmp_path / "episodes").glob("*.safetensors"))) == totals["episodes"] + 2
+    for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ended_by", "accepted"),
+    [
+        ({"groups": 2}, "quota", 2),
+        ({"groups": 4, "max_groups": 4, "enough": 0.5}, "quota", 2),
+        ({"groups": 4, "max_groups": 4, "max_seconds": 0.001}, "seconds", None),
+    ],
+)
+def test_rollouts_of_an_update_end_by_quota_or_budget(
+    armed: Path, changes: dict[str, Any], ended_by: str, accepted: int | None
+) -> None:
+    config = point_config(HEALTHY)
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+    actor, pool = start_actor(config), SamplePool.remote(config)
+    coordinator = Coordinator.remote(config, [actor], pool, ray.get_actor("Weights"))
+    ray.get(coordinator.run.remote(), timeout=120)
+    totals = ray.get(coordinator.totals.remote())
+    (row,) = (row for row in ray.get(coordinator.progress.remote(0))["rows"])
+    assert totals["collections_ended_by"] == {ended_by: 1}
+    assert accepted is None or row["rollout/groups_accepted"] == accepted
+    assert row["rollout/groups_accepted"] + row["rollout/groups_cancelled"] <= config.sampling.max_groups
+    for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+def test_groups_that_say_nothing_are_counted_and_a_reached_goal_ends_the_run(armed: Path) -> None:
+    config = point_config("gymnasium/tests.faulty_worlds:Easy-v0")
+    sampling = config.sampling.model_copy(update={"group_size": 4})
+    train = config.train.model_copy(update={"updates": 2, "stop_at": 0.5})
+    objective = config.objective.model_copy(update={"name": "cfg"})
+    config = config.model_copy(update={"sampling": sampling, "train": train, "objective": objective})
+    actor, pool = start_actor(config), SamplePool.remote(config)
+    coordinator = Coordinator.remote(config, [actor], pool, ray.get_actor("Weights"))
+    ray.get(coordinator.run.remote(), timeout=120)  # not for the second update: there are no weights for it
+    (row,) = (row for row in ray.get(coordinator.progress.remote(0))["rows"])
+    assert row["rollout/groups_all_succeeded"] == row["rollout/groups_rejected"] == config.sampling.max_groups
+    assert row["rollout/success_rate"] == 1.0
+    assert row["rollout/success_low"] == pytest.approx(16 / (16 + 1.959964**2))  # Wilson's bound of 16 of 16
+    assert isinstance(ray.get(pool.next_shard.remote(0, 0, 1, 5.0)), Finished)
     for handle in (actor, pool, coordinator):
         ray.kill(handle)
 

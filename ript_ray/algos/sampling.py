@@ -32,13 +32,16 @@ class SetAside:
 
 
 _STATES_TO_SET_TASK_ASIDE = 3
+_CURRICULUM_WIDTH = 0.2
+"""Success rates so far from the target are drawn 0.6 times as often."""
 
 
 class ContextSampler:
     """Draws groups of contexts in shuffled passes over the training states.
 
     A state at which every rollout succeeded in ``skip_after`` groups in a row teaches nothing and is skipped; after
-    ``remeasure_after`` skips it is tried again, since the policy may have forgotten it.
+    ``remeasure_after`` skips it is tried again, since the policy may have forgotten it. With ``target_success`` states
+    are not taken in turn but drawn, the more often the nearer their success rate is to that.
 
     Args:
         env_ids: the tasks.
@@ -55,6 +58,7 @@ class ContextSampler:
         self._order: list[tuple[str, int]] = []
         self._perfect = dict.fromkeys(self._starts, 0)
         self._passed_over = dict.fromkeys(self._starts, 0)
+        self._rates = dict.fromkeys(self._starts, 0.5)
         self._groups = 0
         self.skipped = 0
         """How often a state was passed over."""
@@ -73,6 +77,8 @@ class ContextSampler:
     def record(self, group: Group, rewards: np.ndarray) -> None:
         """Note the result of a finished group."""
         perfect = bool((np.asarray(rewards) >= 1.0).all())
+        # The policy changes, so half of what is known of a state is what its last group said.
+        self._rates[group.start] = 0.5 * self._rates[group.start] + 0.5 * float(np.mean(rewards))
         self._perfect[group.start] = self._perfect[group.start] + 1 if perfect else 0
 
     def set_aside(self, context: Context, reason: str) -> None:
@@ -101,7 +107,7 @@ class ContextSampler:
         # A whole pass may be skipped, but each pass brings every state closer to being measured again.
         while True:
             if not self._order:
-                self._order = [self._starts[i] for i in self._rng.permutation(len(self._starts))]
+                self._order = self._next_pass()
             start = self._order.pop()
             if self._perfect[start] < self._config.skip_after:
                 return start
@@ -111,3 +117,12 @@ class ContextSampler:
                 return start
             self._passed_over[start] += 1
             self.skipped += 1
+
+    def _next_pass(self) -> list[tuple[str, int]]:
+        count, target = len(self._starts), self._config.target_success
+        if target is None:
+            return [self._starts[i] for i in self._rng.permutation(count)]
+        distance = np.array([self._rates[start] for start in self._starts]) - target
+        likely = np.exp(-0.5 * (distance / _CURRICULUM_WIDTH) ** 2)
+        # One at a time, so that what the last group said counts for the next.
+        return [self._starts[self._rng.choice(count, p=likely / likely.sum())]]

@@ -83,7 +83,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
     from ript_ray.evaluation import success_summary
-    from ript_ray.reporting import versions
+    from ript_ray.reporting import describe_rate, versions
 
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
@@ -92,10 +92,14 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
         with Monitor(coordinator, run_dir, None):
             outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())
-    result = success_summary([result for result in outcome["results"] if result is not None])
-    low, high = result["ci95"]
-    print(f"{config.env.id}: {result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%}")
-    return {"env": config.env.id} | result | {"results": outcome["results"], "versions": versions(renderer)}
+    columns = {
+        name: success_summary([result for result in results if result is not None])
+        for name, results in outcome["results"].items()
+    }
+    print(config.env.id)
+    for name, result in columns.items():
+        print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")
+    return {"env": config.env.id} | columns | {"results": outcome["results"], "versions": versions(renderer)}
 
 
 def demos(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def summarise(
     renderer: str,
 ) -> dict[str, Any]:
     """The content of ``summary.json``."""
-    from ript_ray.evaluation import paired_p_value, success_summary
+    from ript_ray.evaluation import before_and_after
     from ript_ray.reporting import versions
 
     seconds = totals.pop("seconds")
@@ -182,14 +186,11 @@ def summarise(
         seconds[f"learner_{part}"] = sum(row.get(f"learner/{part}_s", 0.0) for row in rows)
     frames = totals.pop("frames")
     rendered = frames["looked"] + counts.pop("training_frames")
-    # Without an outcome are those whose environment failed.
-    pairs = [(b, f) for b, f in zip(base["results"], final["results"], strict=True) if None not in (b, f)]
-    before, after = [b for b, _ in pairs], [f for _, f in pairs]
     return {
         "env": config.env.id,
-        "base": success_summary(before),
-        "final": success_summary(after),
-        "paired_p": paired_p_value(before, after),
+        "evaluation": {
+            name: before_and_after(base["results"][name], after) for name, after in final["results"].items()
+        },
         "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
         "held_out_init_states": list(config.env.eval_init_states),
         "train_init_states": list(config.env.train_init_states),

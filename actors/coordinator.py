@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ from actors.rollout import EpisodeReport
 from ript_ray.algos.sampling import ContextSampler, Group
 from ript_ray.config import Config, SamplingConfig
 from ript_ray.data.storage import save_episode
-from ript_ray.evaluation import wilson_interval
-from ript_ray.types import Context
+from ript_ray.evaluation import evaluation_contexts, wilson_interval
 
 
 @dataclass(slots=True)
@@ -162,17 +162,17 @@ class Coordinator:
             keep: how many trajectories of each result to keep for videos.
 
         Returns:
-            ``results`` (list of successes in the order of the contexts, None where the environment failed),
-            ``lengths``, and ``kept``: references of failures and successes by context index.
+            ``results`` (by column of `evaluation_contexts`, a list of successes in the order of its contexts, None
+            where the environment failed), and ``kept``: references of failures and successes by context index.
         """
-        contexts = evaluation_contexts(self._config)
+        columns = evaluation_contexts(self._config)
+        contexts = [context for column in columns.values() for context in column]
         dispatcher = Dispatcher(self._actors, self._config.scaling)
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
             dispatcher.submit(Episode(-1, context, self._config.eval.guidance))
         results: list[bool | None] = [None] * len(contexts)
-        lengths = [0] * len(contexts)
         kept: dict[bool, dict[int, Any]] = {True: {}, False: {}}
         while dispatcher.outstanding:
             for outcome in dispatcher.wait():
@@ -180,12 +180,13 @@ class Coordinator:
                 if report is None:
                     self._set_aside(outcome, dispatcher)
                     continue
-                results[i], lengths[i] = report.success, report.length
+                results[i] = report.success
                 if len(kept[report.success]) < keep:
                     kept[report.success][i] = outcome.reference
                 self._note(report)
         self._totals.errors += dispatcher.errors
-        return {"results": results, "lengths": lengths, "kept": kept}
+        ordered = iter(results)
+        return {"results": {name: list(islice(ordered, len(column))) for name, column in columns.items()}, "kept": kept}
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row of metrics (learners call this)."""
@@ -302,6 +303,8 @@ class Coordinator:
 
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
         context = outcome.episode.context
+        if context.init_state is None:
+            return  # each random placement is another
         self._sampler.set_aside(context, outcome.reason)
         dispatcher.drop(lambda episode: self._sampler.is_aside(episode.context))
 
@@ -337,19 +340,6 @@ class Coordinator:
             self._done += 1
             if self._stage in self._finished:
                 self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
-
-
-def evaluation_contexts(config: Config) -> list[Context]:
-    """Held-out initial states in turn, each time with another noise seed; the same list before and after training.
-
-    With several tasks the episodes are shared out among them.
-    """
-    first, end = config.env.eval_init_states
-    ids = config.env.ids
-    return [
-        Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.eval.seed + i)
-        for i in range(config.eval.episodes)
-    ]
 
 
 def _planned_work(config: Config, training: bool) -> dict[str, float]:

@@ -167,6 +167,7 @@ class RolloutActor:
 
             if self._world is not None:
                 self._world.close()
+                self._world = None  # should the next one fail
             env = self._config.env
             world = make(env_id, env.image_size, env.max_steps)
             # The first steps compile code and the first frame loads textures, which takes longer than others may.

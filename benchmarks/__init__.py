@@ -10,14 +10,19 @@ from ript_ray.errors import UserError, nearest
 
 
 def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
-    """Run the benchmark of one subject (``env``, ``learner`` or ``memory``) and print its figures.
+    """Run the benchmark of one subject (``env``, ``learner``, ``memory`` or ``objectives``) and print its figures.
 
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import env, learner
+    from benchmarks import env, learner, objectives
 
-    benchmarks = {"env": env.measure, "learner": learner.measure_speed, "memory": learner.measure_memory}
+    benchmarks = {
+        "env": env.measure,
+        "learner": learner.measure_speed,
+        "memory": learner.measure_memory,
+        "objectives": objectives.measure,
+    }
     if len(subjects) != 1 or subjects[0] not in benchmarks:
         given = " ".join(subjects)
         raise UserError(f"bench {given!r}: name one benchmark; {nearest(given, benchmarks)}")

@@ -71,9 +71,13 @@ class EvalConfig(_Section):
     """Evaluation on held-out initial states."""
 
     episodes: int = Field(default=75, ge=0)
-    """Episodes before and after, the same initial states and noise seeds in both."""
+    """Episodes on held-out initial states, the same ones with the same noise before and after."""
+    random_placement: int = Field(default=0, ge=0)
+    """Episodes with randomly placed objects, in a column of their own."""
+    shifted: int = Field(default=0, ge=0)
+    """Episodes in LIBERO-PRO's variants of the tasks (other words, objects, positions, goals), likewise."""
     guidance: float = Field(default=1.0, ge=0.0)
-    """Guidance scale w of evaluation."""
+    """Guidance scale w of evaluation; it need not be that of rollouts."""
     seed: int = Field(default=1_000_000, ge=0)
     """First noise seed of evaluation; the same for all runs, so that runs can be compared."""
 
@@ -251,6 +255,17 @@ class SftConfig(_Section):
     """Where to write the trained policy."""
 
 
+class BenchConfig(_Section):
+    """What ``bench objectives`` compares."""
+
+    objectives: tuple[str, ...] = ()
+    """Names in ``benchmarks/objectives.py``; all by default."""
+    seeds: int = Field(default=3, ge=1)
+    """Runs of each, with seeds from ``run.seed`` on."""
+    rounds: int = Field(default=1, ge=1)
+    """Rollouts and updates in each run."""
+
+
 class Config(_Section):
     """All settings of a job."""
 
@@ -265,6 +280,7 @@ class Config(_Section):
     scaling: ScalingConfig = ScalingConfig()
     demos: DemosConfig = DemosConfig()
     sft: SftConfig = SftConfig()
+    bench: BenchConfig = BenchConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

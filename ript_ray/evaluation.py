@@ -1,10 +1,51 @@
-"""Success rates with intervals, on initial states that training never saw."""
+"""Success rates with intervals, on initial states that training never saw, random placements and shifted tasks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from ript_ray.config import Config
+from ript_ray.envs.tasks import SHIFTED, SHIFTS
+from ript_ray.errors import UserError
+from ript_ray.types import Context
+
+Columns = dict[str, list[Context]]
+
+
+def evaluation_contexts(config: Config) -> Columns:
+    """What is played before and after training, by column of the report; the same lists each time.
+
+    ``held_out``: initial states that training never saw, in turn, each time with another noise seed;
+    ``random_placement``: objects placed by the seed; ``shifted``: LIBERO-PRO's variants. With several tasks the
+    episodes are shared out among them. Empty columns are left out.
+
+    Raises:
+        UserError: when there are no variants of a task.
+    """
+    first, end = config.env.eval_init_states
+    ids, settings = config.env.ids, config.eval
+    shifted = [f"{suite}_{shift}/{task}" for suite, _, task in (i.partition("/") for i in ids) for shift in SHIFTS]
+    if settings.shifted and not all(name.partition("/")[0] in SHIFTED for name in shifted):
+        raise UserError(
+            f"eval.shifted={settings.shifted}: only libero_spatial, libero_object, libero_goal and libero_10 have "
+            f"variants, not all of env.id={config.env.id!r}; set eval.shifted=0"
+        )
+    columns = {
+        "held_out": [
+            Context(ids[i % len(ids)], first + i // len(ids) % (end - first), settings.seed + i)
+            for i in range(settings.episodes)
+        ],
+        "random_placement": [
+            Context(ids[i % len(ids)], None, settings.seed + i) for i in range(settings.random_placement)
+        ],
+        "shifted": [
+            Context(shifted[i % len(shifted)], first + i // len(shifted) % (end - first), settings.seed + i)
+            for i in range(settings.shifted)
+        ],
+    }
+    return {name: contexts for name, contexts in columns.items() if contexts}
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
@@ -43,3 +84,14 @@ def paired_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
     return min(1.0, 2 * tail)
+
+
+def before_and_after(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:
+    """``base``, ``final`` and ``paired_p`` of the same contexts, without those whose environment failed."""
+    pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    base, final = [b for b, _ in pairs], [a for _, a in pairs]
+    return {
+        "base": success_summary(base),
+        "final": success_summary(final),
+        "paired_p": paired_p_value(base, final),
+    }

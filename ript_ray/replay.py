@@ -20,7 +20,7 @@ class Replay:
     """How a replay went."""
 
     env_id: str
-    init_state: int
+    init_state: int | None
     seed: int
     steps: int
     """Steps that were recorded."""

@@ -45,9 +45,10 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
         axes.errorbar(
             x, rate, yerr=[rate - low, high - rate], fmt="o--", color="tab:gray", capsize=3, label="training rollouts"
         )
+    held_out = summary["evaluation"].get("held_out", {})
     for at, name, colour in ((0, "base", "tab:orange"), (updates, "final", "tab:blue")):
-        result = summary[name]
-        if result["episodes"]:
+        result = held_out.get(name)
+        if result:
             low_, high_ = result["ci95"]
             axes.errorbar(
                 [at],
@@ -74,22 +75,27 @@ def write_video(file: Path, frames: np.ndarray, frames_per_second: float) -> Non
     iio.imwrite(file, frames, fps=frames_per_second, macro_block_size=16)
 
 
+def describe_rate(result: dict[str, Any]) -> str:
+    """A success rate with its counts and its interval."""
+    if not result["episodes"]:
+        return "not measured"
+    low, high = result["ci95"]
+    return f"{result['rate']:.0%} ({result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%})"
+
+
 def describe_summary(summary: dict[str, Any]) -> str:
     """The summary in a few lines."""
-
-    def rate(result: dict[str, Any]) -> str:
-        if not result["episodes"]:
-            return "not measured"
-        low, high = result["ci95"]
-        return f"{result['rate']:.0%} ({result['successes']}/{result['episodes']}, 95 % interval {low:.0%}–{high:.0%})"
-
+    columns = [
+        f"  {name.replace('_', ' '):<17}{describe_rate(column['base'])} → {describe_rate(column['final'])}, "
+        f"paired p = {column['paired_p']:.2g}"
+        for name, column in summary["evaluation"].items()
+    ]
     seconds = summary["seconds"]
     groups = summary["groups"]
     return "\n".join(
         [
-            f"{summary['env']} on held-out initial states",
-            f"  before  {rate(summary['base'])}",
-            f"  after   {rate(summary['final'])}   paired p = {summary['paired_p']:.2g}",
+            f"{summary['env']}: success before → after",
+            *columns,
             f"  {summary['updates']} updates from {summary['episodes']} episodes ({summary['env_steps']} steps), "
             f"{groups['accepted']} groups accepted, {groups['rejected']} rejected",
             f"  {seconds['total']:.0f} s in all: rollouts {seconds['rollout']:.0f} s, "

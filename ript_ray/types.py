@@ -17,8 +17,8 @@ class Context:
     """Where an episode starts. Equal contexts start in the same simulator state and draw the same policy noise."""
 
     env_id: str
-    init_state: int
-    """Index of the benchmark's initial state, 0 to 49."""
+    init_state: int | None
+    """Index of the benchmark's initial state, 0 to 49; None: objects are placed at random, by the seed."""
     seed: int
     """Seeds the environment's reset and the policy's noise."""
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler
-from ript_ray.config import ObjectiveConfig, SamplingConfig
-from ript_ray.evaluation import paired_p_value, success_summary, wilson_interval
+from ript_ray.config import Config, ObjectiveConfig, SamplingConfig
+from ript_ray.errors import UserError
+from ript_ray.evaluation import before_and_after, evaluation_contexts, paired_p_value, success_summary, wilson_interval
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=16))
@@ -156,6 +157,42 @@ def test_wilson_interval_contains_the_rate_to_the_last_bit() -> None:
         for successes in range(episodes + 1):
             low, high = wilson_interval(successes, episodes)
             assert 0.0 <= low <= successes / episodes <= high <= 1.0
+
+
+def test_evaluation_has_columns_that_training_never_meets() -> None:
+    config = Config.model_validate(
+        {
+            "env": {"id": "libero_object/0,libero_goal/3"},
+            "eval": {"episodes": 60, "random_placement": 6, "shifted": 16},
+        }
+    )
+    columns = evaluation_contexts(config)
+    assert {name: len(contexts) for name, contexts in columns.items()} == {
+        "held_out": 60,
+        "random_placement": 6,
+        "shifted": 16,
+    }
+    assert {c.env_id for c in columns["held_out"]} == {"libero_object/0", "libero_goal/3"}
+    assert {c.init_state for c in columns["held_out"]} == set(range(25, 50))
+    assert {c.init_state for c in columns["random_placement"]} == {None}
+    assert {c.env_id for c in columns["shifted"]} == {
+        f"libero_{suite}_{shift}/{task}"
+        for suite, task in (("object", 0), ("goal", 3))
+        for shift in ("lan", "object", "swap", "task")
+    }
+    for contexts in columns.values():
+        assert len(set(contexts)) == len(contexts)
+    assert "shifted" not in evaluation_contexts(
+        config.model_copy(update={"eval": config.eval.model_copy(update={"shifted": 0})})
+    )
+    other = config.model_copy(update={"env": config.env.model_copy(update={"id": "libero_90/0"})})
+    with pytest.raises(UserError, match=r"eval\.shifted=16: only libero_spatial.*set eval\.shifted=0"):
+        evaluation_contexts(other)
+
+
+def test_before_and_after_leaves_out_what_failed() -> None:
+    result = before_and_after([True, None, False], [True, True, True])
+    assert (result["base"]["successes"], result["final"]["successes"], result["base"]["episodes"]) == (1, 2, 2)
 
 
 def test_summary_and_paired_test() -> None:

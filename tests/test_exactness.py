@@ -28,6 +28,7 @@ TASKS = [
     "libero_10/3",  # a drawer
     "libero_90/11",
     "libero_90/47",
+    "libero_object_swap/0",  # a variant of LIBERO-PRO
 ]
 
 

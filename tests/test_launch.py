@@ -59,17 +59,24 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
         "train.batch_size=8",
         "train.micro_batch=8",
         "eval.episodes=2",
+        "eval.random_placement=1",
+        "eval.shifted=2",
         "--json",
         str(tmp_path / "result.json"),
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert json.loads((tmp_path / "result.json").read_text()) == summary
-    for name in ("base", "final"):
-        assert set(summary[name]) == {"successes", "episodes", "rate", "ci95"}
-        assert summary[name]["episodes"] == 2
+    assert {name: column["final"]["episodes"] for name, column in summary["evaluation"].items()} == {
+        "held_out": 2,
+        "random_placement": 1,
+        "shifted": 2,
+    }
+    for column in summary["evaluation"].values():
+        assert set(column) == {"base", "final", "paired_p"}
+        assert set(column["base"]) == {"successes", "episodes", "rate", "ci95"}
     assert summary["updates"] == 2
-    assert summary["episodes"] == 8
+    assert summary["episodes"] == 14
     assert summary["groups"] == {"accepted": 2, "rejected": 0}
     assert summary["samples"]["trained"] > 0
     assert summary["staleness"] == {"mean": pytest.approx(1 / 3), "max": 1, "dropped": 0}

@@ -3,16 +3,17 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from ript_ray.evaluation import success_summary
+from ript_ray.evaluation import before_and_after
 from ript_ray.reporting import describe_summary, plot_success, versions, write_json, write_video
 
 
 def test_a_run_is_shown_as_curve_video_and_words(tmp_path: Path) -> None:
     summary = {
         "env": "libero_object/0",
-        "base": success_summary([True, False, False, False]),
-        "final": success_summary([True, True, True, False]),
-        "paired_p": 0.5,
+        "evaluation": {
+            "held_out": before_and_after([True, False, False, False, None], [True, True, True, False, True]),
+            "shifted": before_and_after([], []),
+        },
         "updates": 2,
         "episodes": 24,
         "env_steps": 2400,
@@ -29,10 +30,9 @@ def test_a_run_is_shown_as_curve_video_and_words(tmp_path: Path) -> None:
     plot_success(tmp_path / "success.png", summary, rows)
     assert iio.imread(tmp_path / "success.png").std() > 0
     text = describe_summary(summary)
-    assert "before  25% (1/4" in text
-    assert "after   75% (3/4" in text
+    assert "held out         25% (1/4, 95 % interval 5%–70%) → 75% (3/4" in text
+    assert "shifted          not measured" in text
     assert "1 faults survived" in text
-    assert "not measured" in describe_summary(summary | {"final": success_summary([])})
     write_json(tmp_path / "summary.json", summary)
     assert (tmp_path / "summary.json").read_text().startswith("{")
     frames = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ript_ray.envs.tasks import MAX_STEPS, all_task_ids, find_task
+from ript_ray.envs.tasks import MAX_STEPS, SHIFTED, all_task_ids, find_task
 from ript_ray.envs.world import World
 from ript_ray.errors import UserError, nearest
 
 __all__ = ["World", "all_task_ids", "check_name", "find_task", "make"]
 
-_FAMILIES = (*MAX_STEPS, "robosuite", "gymnasium")
+_FAMILIES = (*MAX_STEPS, *SHIFTED, "robosuite", "gymnasium")
 
 
 def make(env_id: str, image_size: int = 128, max_steps: int | None = None) -> World:
     """Make an environment.
 
     Args:
-        env_id: ``suite/index`` or ``suite/name`` of a LIBERO suite (see `all_task_ids`), ``robosuite/Task``, or
-            ``gymnasium/Id`` for anything registered with gymnasium.
+        env_id: ``suite/index`` or ``suite/name`` of a LIBERO suite (see `all_task_ids`) or of a variant of LIBERO-PRO
+            (``libero_object_swap/0``), ``robosuite/Task``, or ``gymnasium/Id`` for anything registered with gymnasium.
         image_size: height and width of the camera frames in pixels.
         max_steps: step limit; the task's own by default.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,16 @@ from ript_ray.errors import UserError, nearest
 
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Step limits of the official evaluation protocol, in control steps of 50 ms."""
+
+SHIFTS = ("lan", "object", "swap", "task")
+"""LIBERO-PRO's variants of a suite: other words, other looks, swapped positions, another goal (arXiv 2510.03827)."""
+
+SHIFTED = {
+    f"{suite}_{shift}": suite
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    for shift in SHIFTS
+}
+"""The suites of variants, and of what."""
 
 ROBOSUITE_TASKS = {
     "Lift": "lift the cube",
@@ -59,17 +70,28 @@ class Task:
 
 @functools.cache
 def suite_tasks(suite: str) -> tuple[Task, ...]:
-    """All tasks of a suite in the benchmark's order."""
+    """All tasks of a suite in the benchmark's order; variants have the names, and the order, of what they vary."""
     from libero.libero.benchmark import libero_task_map, task_maps
 
-    return tuple(
-        Task(suite, i, name, task_maps[suite][name].language, MAX_STEPS[suite])
-        for i, name in enumerate(libero_task_map[suite])
+    original = SHIFTED.get(suite, suite)
+    tasks = [
+        Task(original, i, name, task_maps[original][name].language, MAX_STEPS[original])
+        for i, name in enumerate(libero_task_map[original])
+    ]
+    return tuple(tasks if suite == original else (_variant(task, suite) for task in tasks))
+
+
+def _variant(task: Task, suite: str) -> Task:
+    """The same task in a suite of variants, with other words only if its goal file has others."""
+    variant = replace(task, suite=suite)
+    said, before = (
+        re.findall(r"\(:language\s+([^)]+)\)", path.read_text()) for path in (variant.bddl_file, task.bddl_file)
     )
+    return variant if said == before else replace(variant, instruction=said[0].strip().lower())
 
 
 def all_task_ids() -> list[str]:
-    """Identifiers of all 130 tasks."""
+    """Identifiers of the 130 tasks of LIBERO itself."""
     return [task.id for suite in MAX_STEPS for task in suite_tasks(suite)]
 
 
@@ -80,8 +102,8 @@ def find_task(env_id: str) -> Task:
         UserError: for an unknown suite or task, with the nearest valid name.
     """
     suite, _, key = env_id.partition("/")
-    if suite not in MAX_STEPS:
-        raise UserError(f"env.id={env_id!r}: unknown suite {suite!r}; {nearest(suite, MAX_STEPS)}")
+    if suite not in MAX_STEPS and suite not in SHIFTED:
+        raise UserError(f"env.id={env_id!r}: unknown suite {suite!r}; {nearest(suite, [*MAX_STEPS, *SHIFTED])}")
     tasks = suite_tasks(suite)
     if key.isdigit():
         if int(key) < len(tasks):

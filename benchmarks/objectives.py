@@ -1,0 +1,270 @@
+"""Objectives on equal footing: same starting policy, same contexts, same budget of episodes, several seeds.
+
+For each seed the rollouts of the first round are the same for all objectives, since the same policy plays the same
+contexts with the same noise; they are made once. What follows is each objective's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.dispatcher import Dispatcher, Episode
+from actors.rollout import RolloutActor
+from actors.weights import WeightStore
+from cluster.session import ResourcePlan, ray_session, spawn, start_actors
+from learner.update import Step, update
+from ript_ray.algos.advantages import is_mixed, leave_one_out, process
+from ript_ray.algos.sampling import ContextSampler
+from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
+from ript_ray.data.windows import gather, seen_starts, shuffled_batches
+from ript_ray.errors import UserError, nearest
+from ript_ray.evaluation import evaluation_contexts, wilson_interval
+from ript_ray.policies.checkpoints import describe, load_policy, to_publish
+from ript_ray.policies.flow import FlowPolicy
+from ript_ray.reporting import versions, write_json
+from ript_ray.types import Batch, Context, Trajectory, Window
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "imitation": {"objective": {"name": "imitation"}},
+    "cfg": {"objective": {"name": "cfg"}},
+    "label_dropout": {"objective": {"name": "label_dropout"}},
+    "advantage_weighted": {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
+    "advantage_weighted, hinge": {"objective": {"name": "advantage_weighted", "negatives": "hinge"}},
+    "nft": {"objective": {"name": "nft"}},
+    "fpo": {"objective": {"name": "fpo"}},
+    "flow_sde": {"objective": {"name": "flow_sde"}},
+}
+"""What is compared: the settings in which each differs from the configuration."""
+
+
+@dataclass(slots=True)
+class _Group:
+    trajectories: list[Trajectory]
+    rewards: np.ndarray
+
+
+@dataclass(slots=True)
+class _Players:
+    """Actors that play episodes with weights as they are published."""
+
+    config: Config
+    actors: list[Any]
+    store: Any
+    version: int = -1
+
+    def adopt(self, policy: FlowPolicy) -> None:
+        """Act with this policy from now on."""
+        self.version += 1
+        ray.get(self.store.publish.remote(self.version, *to_publish(policy)), timeout=60)
+
+    def play(self, contexts: Sequence[Context], guidance: float, explore: float) -> list[Trajectory]:
+        """One episode of each context, in their order."""
+        dispatcher = Dispatcher(self.actors, self.config.scaling)
+        for context in contexts:
+            dispatcher.submit(Episode(0, context, guidance, explore))
+        played = {}
+        while dispatcher.outstanding:
+            for outcome in dispatcher.wait():
+                if outcome.report is None:
+                    raise RuntimeError(f"{outcome.episode.context} failed: {outcome.reason}")
+                played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
+        return [played[context] for context in contexts]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One objective with one seed."""
+
+    objective: str
+    seed: int
+    episodes: list[int] = field(default_factory=lambda: [0])
+    """Tried so far, at each evaluation."""
+    seconds: list[float] = field(default_factory=lambda: [0.0])
+    """Of rollouts and updates so far, at each evaluation."""
+    successes: list[int] = field(default_factory=list)
+    update_seconds: list[float] = field(default_factory=list)
+    training_rates: list[float] = field(default_factory=list)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Success of every objective on held-out states after each round, for ``bench.seeds`` seeds.
+
+    Each round rolls out ``sampling.groups`` groups, mixed or not, so that every objective tries equally many episodes.
+    All act with the same ``policy.explore``, which `flow_sde` needs, and are evaluated without it.
+
+    After every run the result so far is written into ``run.dir`` (``runs/objectives`` by default), with a figure.
+
+    Args:
+        config: ``bench.*`` says how much is compared; the rest is the job.
+
+    Raises:
+        UserError: for an unknown name in ``bench.objectives``.
+    """
+    names = config.bench.objectives or tuple(VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"bench.objectives: unknown name {name!r}; {nearest(name, VARIANTS)}")
+    folder = Path(config.run.dir or "runs/objectives")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = load_policy(resolve(config.policy.checkpoint))
+    result: dict[str, Any] = {"benchmark": "objectives", "env": config.env.id, "runs": []}
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        store = spawn(WeightStore, name="WeightStore")
+        actors = start_actors(RolloutActor, config.scaling, config, describe(start), "WeightStore")
+        players = _Players(config, actors, store)
+        result["versions"] = versions(ray.get(actors[0].renderer.remote()))
+        players.adopt(start)
+        contexts = evaluation_contexts(config)["held_out"]
+        base = sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0))
+        for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
+            players.adopt(start)
+            sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, seed)
+            began = time.perf_counter()
+            first = _collect(players, sampler)
+            first_seconds = time.perf_counter() - began
+            for name in names:
+                run = _Run(name, seed, successes=[base])
+                _learn(config, players, start, run, (first, first_seconds))
+                result["runs"].append({f: getattr(run, f) for f in _Run.__slots__})
+                result["table"] = _table(result["runs"], len(contexts))
+                write_json(folder / "objectives.json", result)
+                plot(folder / "objectives.png", result, len(contexts))
+    return result
+
+
+def _learn(config: Config, players: _Players, start: FlowPolicy, run: _Run, shared: tuple[list[_Group], float]) -> None:
+    """All rounds of one run: collect (the first time: take what is shared), update from the start, evaluate."""
+    train, objective = _settings(config, run.objective)
+    sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, run.seed)
+    contexts = evaluation_contexts(config)["held_out"]
+    groups: list[_Group] = []
+    for index in range(config.bench.rounds):
+        began = time.perf_counter()
+        # The first round is drawn again as well, so that the sampler goes on from there.
+        new = _collect(players, sampler, shared[0] if index == 0 else None)
+        seconds = shared[1] if index == 0 else time.perf_counter() - began
+        groups += new
+        policy = copy.deepcopy(start)
+        began = time.perf_counter()
+        acting = _update(policy, groups, train, objective, config, run.seed * 1009 + index)
+        run.update_seconds.append(time.perf_counter() - began)
+        run.training_rates.append(float(np.mean([group.rewards for group in new])))
+        run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
+        run.seconds.append(run.seconds[-1] + seconds + run.update_seconds[-1])
+        players.adopt(acting)
+        run.successes.append(sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0)))
+
+
+def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | None = None) -> list[_Group]:
+    """The rollouts of one round, or those that were made of the same contexts before."""
+    config = players.config
+    drawn = [sampler.next_group() for _ in range(config.sampling.groups)]
+    if made is None:
+        contexts = [context for group in drawn for context in group.contexts]
+        played = players.play(contexts, config.policy.guidance, config.policy.explore)
+        size = config.sampling.group_size
+        parts = [played[i : i + size] for i in range(0, len(played), size)]
+        made = [_Group(part, np.array([t.reward for t in part])) for part in parts]
+    for group, result in zip(drawn, made, strict=True):
+        sampler.record(group, result.rewards)
+    return made
+
+
+def _update(
+    policy: FlowPolicy,
+    groups: list[_Group],
+    train: TrainConfig,
+    objective: ObjectiveConfig,
+    config: Config,
+    seed: int,
+) -> FlowPolicy:
+    """One update on all groups so far, as the pool and the learner do it; the policy to act with."""
+    kept = [group for group in groups if objective.name == "imitation" or is_mixed(group.rewards)]
+    pool = dict(enumerate(t for group in kept for t in group.trajectories))
+    if not pool:
+        return policy
+    advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
+    weights = dict(enumerate(process(np.array(list(advantages.values())), objective)[0].tolist()))
+    data = config.data
+    windows = [Window(i, start) for i, t in pool.items() for start in seen_starts(t, data.short, data.tail)]
+
+    def load(rows: np.ndarray) -> Batch:
+        return gather([windows[row] for row in rows], pool, advantages, weights=weights)
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile
+    # Every objective takes the same number of steps, whatever was rejected.
+    every = sum(len(seen_starts(t, data.short, data.tail)) for group in groups for t in group.trajectories)
+    steps = max(1, train.epochs * every // train.batch_size)
+    epochs = -(-steps * train.batch_size // len(windows))
+    order = shuffled_batches(len(windows), epochs + 1, train.batch_size, [seed])[:steps]
+    micro = train.micro_batch
+    batches = [
+        Step([partial(load, rows[i : i + micro]) for i in range(0, len(rows), micro)], len(rows)) for rows in order
+    ]
+    return update(policy, batches, train, objective, torch.Generator().manual_seed(seed))[0]
+
+
+def _settings(config: Config, variant: str) -> tuple[TrainConfig, ObjectiveConfig]:
+    changes = VARIANTS[variant]
+    return (
+        config.train.model_copy(update=changes.get("train", {})),
+        config.objective.model_copy(update=changes["objective"]),
+    )
+
+
+def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
+    """Success of each objective after the last round, all seeds together, with the 95 % interval; and its cost."""
+    rows = []
+    for name in dict.fromkeys(run["objective"] for run in runs):
+        own = [run for run in runs if run["objective"] == name]
+        successes, total = sum(run["successes"][-1] for run in own), episodes * len(own)
+        rows.append(
+            {
+                "objective": name,
+                "seeds": len(own),
+                "successes": successes,
+                "episodes": total,
+                "rate": successes / total,
+                "ci95": list(wilson_interval(successes, total)),
+                "by_seed": [run["successes"][-1] / episodes for run in own],
+                "update_seconds": float(np.mean([s for run in own for s in run["update_seconds"]])),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["rate"])
+
+
+def plot(file: Path, result: dict[str, Any], episodes: int) -> None:
+    """Success against episodes tried and against seconds, the mean and the range of the seeds of each objective."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    names = list(dict.fromkeys(run["objective"] for run in result["runs"]))
+    for axes, key, label in zip(panels, ("episodes", "seconds"), ("episodes tried", "seconds"), strict=True):
+        for i, name in enumerate(names):
+            own = [run for run in result["runs"] if run["objective"] == name]
+            rates = np.array([run["successes"] for run in own]) / episodes
+            x = np.mean([run[key] for run in own], axis=0)
+            spread = [rates.mean(0) - rates.min(0), rates.max(0) - rates.mean(0)]
+            axes.errorbar(x, rates.mean(0), yerr=spread, label=name, color=f"C{i}", marker="o", capsize=3)
+        axes.set(xlabel=label, ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("success on held-out states")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(result["env"])
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

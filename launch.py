@@ -5,8 +5,10 @@
     python launch.py sft data.demos=FILE         a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
+    python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
     python launch.py bench env|learner|memory    measured speed, as ratios
+    python launch.py bench objectives            objectives on equal footing
 
 Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.
 """
@@ -100,6 +102,43 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     for name, result in columns.items():
         print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")
     return {"env": config.env.id} | columns | {"results": outcome["results"], "versions": versions(renderer)}
+
+
+def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Choose the guidance scale of ``policy.checkpoint`` by successive halving, on training states, not on the exam."""
+    import ray
+
+    from actors.coordinator import Coordinator
+    from cluster.monitor import Monitor
+    from cluster.session import ResourcePlan, ray_session, spawn
+    from ript_ray.evaluation import successive_halving
+    from ript_ray.reporting import describe_rate
+    from ript_ray.types import Context
+
+    if 1.0 not in config.eval.scales:
+        raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
+    policy = load_starting_policy(config)
+    first, end = config.env.train_init_states
+    ids = config.env.ids
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        store, actors = start_rollouts(config, policy)
+        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
+
+        def play(scale: float, episodes: range) -> list[bool]:
+            contexts = [
+                Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.eval.seed + i)
+                for i in episodes
+            ]
+            played = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
+            return [bool(success) for success in played]
+
+        with Monitor(coordinator, run_dir, None):
+            result = successive_halving(config.eval.scales, play, config.eval.halving_episodes)
+    for row in result["table"]:
+        print(f"  w = {row['scale']:<5g}{describe_rate(row)}")
+    told = "the best" if result["chosen"] == result["best"] else f"{result['best']:g} is not told apart from it"
+    print(f"policy.guidance={result['chosen']:g}: {told}")
+    return {"env": config.env.id} | result
 
 
 def demos(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -280,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=["train", "eval", "demos", "sft", "replay", "bench", "doctor"])
+    parser.add_argument("command", choices=["train", "eval", "guidance", "demos", "sft", "replay", "bench", "doctor"])
     parser.add_argument("settings", nargs="*", help="section.key=value; for bench its subject, for replay a file")
     parser.add_argument("--suite", help="short for env.id=SUITE/TASK, with --task")
     parser.add_argument("--task", help="number or name of a task in --suite; 0 by default")
@@ -326,7 +365,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
 
         return examine(config)
     config = fit_actors(config, resolve(config.policy.checkpoint))
-    commands = {"train": train, "eval": evaluate, "demos": demos, "sft": sft}
+    commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
     return commands[command](config, make_run_dir(config, command))
 
 

@@ -35,6 +35,7 @@ from ript_ray.algos.sampling import ContextSampler, Group
 from ript_ray.config import Config, SamplingConfig
 from ript_ray.data.storage import save_episode
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
+from ript_ray.types import Context
 
 
 @dataclass(slots=True)
@@ -167,11 +168,22 @@ class Coordinator:
         """
         columns = evaluation_contexts(self._config)
         contexts = [context for column in columns.values() for context in column]
+        results, kept = self._play(stage, contexts, self._config.eval.guidance, keep)
+        ordered = iter(results)
+        return {"results": {name: list(islice(ordered, len(column))) for name, column in columns.items()}, "kept": kept}
+
+    def play(self, stage: str, contexts: list[Context], guidance: float) -> list[bool | None]:
+        """Successes in the order of the contexts, None where the environment failed."""
+        return self._play(stage, contexts, guidance, keep=0)[0]
+
+    def _play(
+        self, stage: str, contexts: list[Context], guidance: float, keep: int
+    ) -> tuple[list[bool | None], dict[bool, dict[int, Any]]]:
         dispatcher = Dispatcher(self._actors, self._config.scaling)
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
-            dispatcher.submit(Episode(-1, context, self._config.eval.guidance))
+            dispatcher.submit(Episode(-1, context, guidance))
         results: list[bool | None] = [None] * len(contexts)
         kept: dict[bool, dict[int, Any]] = {True: {}, False: {}}
         while dispatcher.outstanding:
@@ -185,8 +197,7 @@ class Coordinator:
                     kept[report.success][i] = outcome.reference
                 self._note(report)
         self._totals.errors += dispatcher.errors
-        ordered = iter(results)
-        return {"results": {name: list(islice(ordered, len(column))) for name, column in columns.items()}, "kept": kept}
+        return results, kept
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row of metrics (learners call this)."""
@@ -347,7 +358,7 @@ def _planned_work(config: Config, training: bool) -> dict[str, float]:
 
     About half of the spare groups are needed, and on two cores a pass over an episode takes 0.008 of playing it.
     """
-    evaluation = max(1, config.eval.episodes)
+    evaluation = max(1, config.eval.episodes + config.eval.random_placement + config.eval.shifted)
     if not training:
         return {"evaluating": 1.0}
     sampling = config.sampling

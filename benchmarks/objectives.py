@@ -10,7 +10,7 @@ import copy
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def measure(config: Config) -> dict[str, Any]:
             for name in names:
                 run = _Run(name, seed, successes=[base])
                 _learn(config, players, start, run, (first, first_seconds))
-                result["runs"].append({f: getattr(run, f) for f in _Run.__slots__})
+                result["runs"].append(asdict(run))
                 result["table"] = _table(result["runs"], len(contexts))
                 write_json(folder / "objectives.json", result)
                 plot(folder / "objectives.png", result, len(contexts))

@@ -78,6 +78,10 @@ class EvalConfig(_Section):
     """Episodes in LIBERO-PRO's variants of the tasks (other words, objects, positions, goals), likewise."""
     guidance: float = Field(default=1.0, ge=0.0)
     """Guidance scale w of evaluation; it need not be that of rollouts."""
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
+    """Guidance scales that ``guidance`` chooses from."""
+    halving_episodes: int = Field(default=24, ge=2)
+    """Episodes of each scale in the first round of ``guidance``; the better half goes on to twice as many."""
     seed: int = Field(default=1_000_000, ge=0)
     """First noise seed of evaluation; the same for all runs, so that runs can be compared."""
 

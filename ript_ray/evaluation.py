@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ript_ray.config import Config
@@ -84,6 +84,42 @@ def paired_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
     return min(1.0, 2 * tail)
+
+
+def successive_halving(
+    scales: Sequence[float], play: Callable[[float, range], Sequence[bool]], first: int
+) -> dict[str, Any]:
+    """Choose a guidance scale: all play ``first`` episodes, the better half plays on to twice as many, and so on.
+
+    What wins must also be told apart from w = 1: their 95 % intervals must not overlap, else 1 is chosen.
+
+    Args:
+        scales: w, with 1 among them.
+        play: successes of a scale in the contexts of these indices, the same contexts for all scales.
+        first: episodes of each in the first round.
+
+    Returns:
+        ``chosen``, ``best`` (by rate alone), ``settings_tried``, and a ``table`` with the summary of each scale.
+    """
+    results: dict[float, list[bool]] = {scale: [] for scale in scales}
+
+    def rate(scale: float) -> float:
+        return sum(results[scale]) / len(results[scale])
+
+    alive, count = list(scales), first
+    while True:
+        for scale in alive:
+            results[scale] += play(scale, range(len(results[scale]), count))
+        # Of equals the one nearest to 1, since extrapolation is not free of harm.
+        alive = sorted(alive, key=lambda scale: (-rate(scale), abs(scale - 1)))[: -(-len(alive) // 2)]
+        if len(alive) == 1:
+            break
+        count *= 2
+    table = [{"scale": scale} | success_summary(results[scale]) for scale in scales]
+    best = alive[0]
+    low = wilson_interval(sum(results[best]), len(results[best]))[0]
+    high = wilson_interval(sum(results[1.0]), len(results[1.0]))[1]
+    return {"chosen": best if low > high else 1.0, "best": best, "settings_tried": len(scales), "table": table}
 
 
 def before_and_after(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:

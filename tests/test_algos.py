@@ -11,7 +11,14 @@ from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler
 from ript_ray.config import Config, ObjectiveConfig, SamplingConfig
 from ript_ray.errors import UserError
-from ript_ray.evaluation import before_and_after, evaluation_contexts, paired_p_value, success_summary, wilson_interval
+from ript_ray.evaluation import (
+    before_and_after,
+    evaluation_contexts,
+    paired_p_value,
+    success_summary,
+    successive_halving,
+    wilson_interval,
+)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=16))
@@ -188,6 +195,26 @@ def test_evaluation_has_columns_that_training_never_meets() -> None:
     other = config.model_copy(update={"env": config.env.model_copy(update={"id": "libero_90/0"})})
     with pytest.raises(UserError, match=r"eval\.shifted=16: only libero_spatial.*set eval\.shifted=0"):
         evaluation_contexts(other)
+
+
+def test_successive_halving_spends_its_episodes_on_the_better_half() -> None:
+    rates = {0.5: 0.2, 1.0: 0.5, 2.0: 0.95, 3.0: 0.4, 5.0: 0.1}
+    played: dict[float, list[int]] = {scale: [] for scale in rates}
+
+    def play(scale: float, episodes: range) -> list[bool]:
+        played[scale] += episodes
+        return [np.random.default_rng([int(10 * scale), i]).random() < rates[scale] for i in episodes]
+
+    result = successive_halving(list(rates), play, first=20)
+    assert {scale: len(episodes) for scale, episodes in played.items()} == {0.5: 20, 1.0: 80, 2.0: 80, 3.0: 40, 5.0: 20}
+    assert all(episodes == list(range(len(episodes))) for episodes in played.values())
+    assert (result["chosen"], result["best"], result["settings_tried"]) == (2.0, 2.0, 5)
+    assert [row["episodes"] for row in result["table"]] == [20, 80, 80, 40, 20]
+
+
+def test_a_scale_that_is_not_told_apart_from_one_is_not_chosen() -> None:
+    result = successive_halving([1.0, 2.0], lambda scale, episodes: [i % 2 == 0 or scale == 2.0 for i in episodes], 4)
+    assert (result["best"], result["chosen"]) == (2.0, 1.0)
 
 
 def test_before_and_after_leaves_out_what_failed() -> None:

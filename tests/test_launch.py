@@ -173,3 +173,41 @@ def test_the_environment_benchmark_reports_its_ratios_and_finds_nothing_that_dif
     assert 0 < result["frames_rendered_share"] < 0.2
     for key in ("control_step_over_physics", "reset_seconds", "construction_seconds", "memory_mb"):
         assert result[key] > 0
+
+
+@pytest.mark.libero
+@pytest.mark.ray
+def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    settings = (
+        f"run.dir={tmp_path}/run",
+        "bench.objectives=[cfg,imitation,flow_sde]",
+        "bench.seeds=1",
+        "bench.rounds=2",
+        "env.max_steps=40",
+        "policy.execute=20",
+        "sampling.groups=1",
+        "sampling.group_size=2",
+        "sampling.max_groups=1",
+        "train.epochs=1",
+        "train.batch_size=4",
+        "train.micro_batch=4",
+        "eval.episodes=2",
+    )
+    config = str(ROOT / "configs" / "objectives.yaml")
+    done = launch("bench", "objectives", "--config", config, *settings, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert [run["objective"] for run in result["runs"]] == ["cfg", "imitation", "flow_sde"]
+    for run in result["runs"]:
+        assert run["episodes"] == [0, 2, 4]
+        assert len(run["successes"]) == 3
+        assert run["seconds"] == sorted(run["seconds"])
+    # The first round is the same for all.
+    assert len({run["training_rates"][0] for run in result["runs"]}) == 1
+    assert {row["objective"]: row["episodes"] for row in result["table"]} == {"cfg": 2, "imitation": 2, "flow_sde": 2}
+    assert json.loads((tmp_path / "run" / "objectives.json").read_text()) == result
+    assert (tmp_path / "run" / "objectives.png").stat().st_size > 10_000
+    done = launch("bench", "objectives", "--config", config, "bench.objectives=[cgf]")
+    assert done.returncode == 2
+    assert "bench.objectives: unknown name 'cgf'; did you mean 'cfg'" in done.stderr

@@ -111,24 +111,20 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     from actors.coordinator import Coordinator
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
+    from ript_ray.algos.sampling import start_context, training_starts
     from ript_ray.evaluation import successive_halving
     from ript_ray.reporting import describe_rate
-    from ript_ray.types import Context
 
     if 1.0 not in config.eval.scales:
         raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
     policy = load_starting_policy(config)
-    first, end = config.env.train_init_states
-    ids = config.env.ids
+    starts = training_starts(config.env)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors = start_rollouts(config, policy)
         coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
 
         def play(scale: float, episodes: range) -> list[bool]:
-            contexts = [
-                Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.eval.seed + i)
-                for i in episodes
-            ]
+            contexts = [start_context(starts[i % len(starts)], config.eval.seed + i) for i in episodes]
             played = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
             return [bool(success) for success in played]
 
@@ -149,15 +145,11 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
 
     from actors.rollout import RolloutActor
     from cluster.session import ResourcePlan, ray_session, start_actors
+    from ript_ray.algos.sampling import start_context, training_starts
     from ript_ray.data.storage import save_trajectories
-    from ript_ray.types import Context
 
-    first, end = config.env.train_init_states
-    ids = config.env.ids
-    contexts = [
-        Context(ids[i % len(ids)], first + i // len(ids) % (end - first), config.run.seed + i)
-        for i in range(config.demos.episodes)
-    ]
+    starts = training_starts(config.env)
+    contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         workers = ActorPool(start_actors(RolloutActor, config.scaling, config, {}, None))
         results = workers.map(lambda actor, context: actor.demonstrate.remote(context), contexts)
@@ -233,6 +225,7 @@ def summarise(
         "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
         "held_out_init_states": list(config.env.eval_init_states),
         "train_init_states": list(config.env.train_init_states),
+        "train_placements": config.env.train_placements,
         **totals,
         **counts,
         "seconds": seconds,

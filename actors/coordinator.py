@@ -31,7 +31,7 @@ import ray
 
 from actors.dispatcher import Dispatcher, Episode, Outcome
 from actors.rollout import EpisodeReport
-from ript_ray.algos.sampling import ContextSampler, Group
+from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config, SamplingConfig
 from ript_ray.data.storage import save_episode
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
@@ -123,7 +123,7 @@ class Coordinator:
         self._pool = pool
         self._store = store
         self._episodes_dir = run_dir / "episodes" if run_dir is not None else None
-        self._sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, config.run.seed)
+        self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._totals = _Totals()
         self._rows: list[dict[str, Any]] = []
         self._learner_starts = 0
@@ -314,8 +314,6 @@ class Coordinator:
 
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
         context = outcome.episode.context
-        if context.init_state is None:
-            return  # each random placement is another
         self._sampler.set_aside(context, outcome.reason)
         dispatcher.drop(lambda episode: self._sampler.is_aside(episode.context))
 

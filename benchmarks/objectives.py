@@ -7,6 +7,7 @@ contexts with the same noise; they are made once. What follows is each objective
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
 from learner.update import Step, update
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
-from ript_ray.algos.sampling import ContextSampler
+from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
 from ript_ray.data.windows import gather, seen_starts, shuffled_batches
 from ript_ray.errors import UserError, nearest
@@ -103,7 +104,8 @@ def measure(config: Config) -> dict[str, Any]:
     Each round rolls out ``sampling.groups`` groups, mixed or not, so that every objective tries equally many episodes.
     All act with the same ``policy.explore``, which `flow_sde` needs, and are evaluated without it.
 
-    After every run the result so far is written into ``run.dir`` (``runs/objectives`` by default), with a figure.
+    After every run the result so far is written into ``run.dir`` (``runs/objectives`` by default), with a figure. When
+    the same comparison was begun there before, it is continued.
 
     Args:
         config: ``bench.*`` says how much is compared; the rest is the job.
@@ -118,7 +120,8 @@ def measure(config: Config) -> dict[str, Any]:
     folder = Path(config.run.dir or "runs/objectives")
     folder.mkdir(parents=True, exist_ok=True)
     start = load_policy(resolve(config.policy.checkpoint))
-    result: dict[str, Any] = {"benchmark": "objectives", "env": config.env.id, "runs": []}
+    result = _begun(folder / "objectives.json", config)
+    done = {(run["objective"], run["seed"]) for run in result["runs"]}
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store = spawn(WeightStore, name="WeightStore")
         actors = start_actors(RolloutActor, config.scaling, config, describe(start), "WeightStore")
@@ -126,15 +129,19 @@ def measure(config: Config) -> dict[str, Any]:
         result["versions"] = versions(ray.get(actors[0].renderer.remote()))
         players.adopt(start)
         contexts = evaluation_contexts(config)["held_out"]
-        base = sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0))
+        if "base" not in result:
+            result["base"] = sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0))
         for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
+            missing = [name for name in names if (name, seed) not in done]
+            if not missing:
+                continue
             players.adopt(start)
-            sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, seed)
+            sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
             began = time.perf_counter()
             first = _collect(players, sampler)
             first_seconds = time.perf_counter() - began
-            for name in names:
-                run = _Run(name, seed, successes=[base])
+            for name in missing:
+                run = _Run(name, seed, successes=[result["base"]])
                 _learn(config, players, start, run, (first, first_seconds))
                 result["runs"].append(asdict(run))
                 result["table"] = _table(result["runs"], len(contexts))
@@ -143,10 +150,21 @@ def measure(config: Config) -> dict[str, Any]:
     return result
 
 
+def _begun(file: Path, config: Config) -> dict[str, Any]:
+    """The result so far of the same comparison, or an empty one."""
+    settings = config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
+    if file.exists():
+        result: dict[str, Any] = json.loads(file.read_text())
+        if result["settings"] != settings:
+            raise UserError(f"{file} is of other settings; choose another run.dir, or remove it")
+        return result
+    return {"benchmark": "objectives", "env": config.env.id, "settings": settings, "runs": []}
+
+
 def _learn(config: Config, players: _Players, start: FlowPolicy, run: _Run, shared: tuple[list[_Group], float]) -> None:
     """All rounds of one run: collect (the first time: take what is shared), update from the start, evaluate."""
     train, objective = _settings(config, run.objective)
-    sampler = ContextSampler(config.env.ids, config.env.train_init_states, config.sampling, run.seed)
+    sampler = ContextSampler(training_starts(config.env), config.sampling, run.seed)
     contexts = evaluation_contexts(config)["held_out"]
     groups: list[_Group] = []
     for index in range(config.bench.rounds):

@@ -67,7 +67,7 @@ def replay_episode(file: Path) -> tuple[Replay, np.ndarray]:
     record, recorded_versions = load_episode(file)
     context = record.context
     env = make(context.env_id, image_size=record.image_size, max_steps=record.max_steps)
-    observation, _ = env.reset(seed=context.seed, options={"init_state": context.init_state})
+    observation, _ = env.reset(**context.reset_arguments())
     tickets = [observation.ticket]
     hashes = [env.state_hash()]
     success = over = False

@@ -96,7 +96,7 @@ def play(
     the position in the episode alone, so two policies can be compared on the same draws. With ``explore`` above 0 one
     Euler step of each chunk is stochastic, at that noise level, and recorded.
     """
-    observation, _ = env.reset(seed=context.seed, options={"init_state": context.init_state})
+    observation, _ = env.reset(**context.reset_arguments())
     recorder = Recorder(env, context)
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device

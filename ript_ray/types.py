@@ -11,6 +11,9 @@ import torch
 
 from ript_ray.policies.sampling import ChainStep
 
+Start = tuple[str, int | None, int | None]
+"""Where episodes start: the task and its initial state, or, without one, the seed by which objects are placed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -18,9 +21,24 @@ class Context:
 
     env_id: str
     init_state: int | None
-    """Index of the benchmark's initial state, 0 to 49; None: objects are placed at random, by the seed."""
+    """Index of the benchmark's initial state, 0 to 49; None: objects are placed at random."""
     seed: int
-    """Seeds the environment's reset and the policy's noise."""
+    """Seeds the policy's noise, and the environment's reset unless ``placement`` does."""
+    placement: int | None = None
+    """Seeds the environment's reset, for rollouts that differ in the policy's noise alone."""
+
+    @property
+    def start(self) -> Start:
+        """What it shares with other contexts that start in the same simulator state."""
+        return self.env_id, self.init_state, None if self.init_state is not None else self._env_seed
+
+    def reset_arguments(self) -> dict[str, Any]:
+        """What to call an environment's `reset` with."""
+        return {"seed": self._env_seed, "options": {"init_state": self.init_state}}
+
+    @property
+    def _env_seed(self) -> int:
+        return self.seed if self.placement is None else self.placement
 
 
 @dataclass(kw_only=True, slots=True)

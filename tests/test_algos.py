@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
-from ript_ray.algos.sampling import ContextSampler
-from ript_ray.config import Config, ObjectiveConfig, SamplingConfig
+from ript_ray.algos.sampling import ContextSampler, training_starts
+from ript_ray.config import Config, EnvConfig, ObjectiveConfig, SamplingConfig
 from ript_ray.errors import UserError
 from ript_ray.evaluation import (
     before_and_after,
@@ -116,7 +116,7 @@ def test_what_is_not_finite_or_far_out_is_caught_and_counted() -> None:
 
 def test_sampler_skips_states_that_always_succeed_and_measures_them_again() -> None:
     config = SamplingConfig(group_size=2, skip_after=1, remeasure_after=2, groups=1)
-    sampler = ContextSampler(["libero_object/0"], (0, 3), config, seed=0)
+    sampler = ContextSampler([("libero_object/0", state, None) for state in range(3)], config, seed=0)
     visits = []
     for _ in range(9):
         group = sampler.next_group()
@@ -126,9 +126,30 @@ def test_sampler_skips_states_that_always_succeed_and_measures_them_again() -> N
     assert visits.count(1) < visits.count(0)
 
 
+def test_a_group_shares_its_start_and_placements_are_told_from_each_other() -> None:
+    env = EnvConfig(id="libero_object/0,libero_goal/1", train_placements=3)
+    starts = training_starts(env)
+    assert len(set(starts)) == len(starts) == 6
+    assert {start[0] for start in starts[:2]} == {"libero_object/0", "libero_goal/1"}
+    sampler = ContextSampler(starts, SamplingConfig(group_size=4), seed=0)
+    for _ in range(12):
+        group = sampler.next_group()
+        assert {context.start for context in group.contexts} == {group.start}
+        assert len({str(context.reset_arguments()) for context in group.contexts}) == 1
+        assert len({context.seed for context in group.contexts}) == 4
+    bad = sampler.next_group()
+    sampler.set_aside(bad.contexts[0], "it hangs")
+    assert all(sampler.is_aside(context) for context in bad.contexts)
+    assert len({sampler.next_group().start for _ in range(10)} | {bad.start}) == 6
+    # With a given initial state the rest of the scene is the same within a group, too.
+    fixed = ContextSampler(training_starts(EnvConfig()), SamplingConfig(group_size=4), seed=0).next_group()
+    assert len({str(context.reset_arguments()) for context in fixed.contexts}) == 1
+    assert fixed.contexts[0].init_state is not None
+
+
 def test_curriculum_prefers_states_near_the_target() -> None:
     config = SamplingConfig(group_size=2, target_success=0.5, skip_after=100)
-    sampler = ContextSampler(["libero_object/0"], (0, 3), config, seed=0)
+    sampler = ContextSampler([("libero_object/0", state, None) for state in range(3)], config, seed=0)
     rates = {0: [0.0, 0.0], 1: [1.0, 0.0], 2: [1.0, 1.0]}
     visits = []
     for _ in range(300):
@@ -143,7 +164,7 @@ def test_curriculum_prefers_states_near_the_target() -> None:
 
 def test_sampler_never_repeats_a_seed_and_is_reproducible() -> None:
     config = SamplingConfig(group_size=4)
-    a, b = (ContextSampler(["libero_object/0"], (0, 5), config, seed=7) for _ in range(2))
+    a, b = (ContextSampler([("libero_object/0", state, None) for state in range(5)], config, seed=7) for _ in range(2))
     groups = [a.next_group() for _ in range(20)]
     assert groups == [b.next_group() for _ in range(20)]
     seeds = [context.seed for group in groups for context in group.contexts]

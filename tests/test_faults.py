@@ -187,7 +187,7 @@ def test_when_nothing_is_left_the_run_ends_with_the_reason(armed: Path) -> None:
     config = point_config(HEALTHY)
     from ript_ray.algos.sampling import ContextSampler
 
-    sampler = ContextSampler(["a", "b"], (0, 5), config.sampling, seed=0)
+    sampler = ContextSampler([(task, i, None) for task in "ab" for i in range(5)], config.sampling, seed=0)
     for state in (0, 1, 40):  # a held-out state counts too
         for _ in range(2):  # of a group, several rollouts may fail
             sampler.set_aside(Context("a", state, 0), "it hangs")

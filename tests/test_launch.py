@@ -208,6 +208,13 @@ def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
     assert {row["objective"]: row["episodes"] for row in result["table"]} == {"cfg": 2, "imitation": 2, "flow_sde": 2}
     assert json.loads((tmp_path / "run" / "objectives.json").read_text()) == result
     assert (tmp_path / "run" / "objectives.png").stat().st_size > 10_000
+    # What was done is not done again, and other settings are not mixed with it.
+    done = launch("bench", "objectives", "--config", config, *settings, "bench.objectives=[nft]", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["runs"][:3] == result["runs"]
+    assert json.loads(file.read_text())["runs"][3]["objective"] == "nft"
+    done = launch("bench", "objectives", "--config", config, *settings, "train.lr=1e-3")
+    assert "is of other settings; choose another run.dir" in done.stderr
     done = launch("bench", "objectives", "--config", config, "bench.objectives=[cgf]")
     assert done.returncode == 2
     assert "bench.objectives: unknown name 'cgf'; did you mean 'cfg'" in done.stderr

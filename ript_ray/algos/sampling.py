@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ript_ray.config import SamplingConfig
-from ript_ray.types import Context
+from ript_ray.config import EnvConfig, SamplingConfig
+from ript_ray.types import Context, Start
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,46 +16,65 @@ class Group:
     """K rollouts of one initial state, compared with each other."""
 
     id: int
-    start: tuple[str, int]
-    """Task and initial state."""
+    start: Start
     contexts: tuple[Context, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A task, or one initial state of it, that the rest of the run does without."""
+    """A task, or one start of it, that the rest of the run does without."""
 
     env_id: str
     init_state: int | None
-    """None: the whole task."""
+    placement: int | None
+    """The whole task if there is neither."""
     reason: str
+
+    @property
+    def start(self) -> Start:
+        """Where it is, or the task with neither state nor placement."""
+        return self.env_id, self.init_state, self.placement
 
 
 _STATES_TO_SET_TASK_ASIDE = 3
+_FIRST_PLACEMENT = 500_000
+"""Far from the seeds of rollouts (2,000,000 and more) and of evaluation (``eval.seed``)."""
 _CURRICULUM_WIDTH = 0.2
 """Success rates so far from the target are drawn 0.6 times as often."""
 
 
+def training_starts(config: EnvConfig) -> list[Start]:
+    """Where training starts: ``train_init_states`` of each task, or ``train_placements`` random placements."""
+    if config.train_placements:
+        return [(env_id, None, _FIRST_PLACEMENT + i) for i in range(config.train_placements) for env_id in config.ids]
+    return [(env_id, state, None) for state in range(*config.train_init_states) for env_id in config.ids]
+
+
+def start_context(start: Start, seed: int) -> Context:
+    """An episode from there, with this noise."""
+    env_id, state, placement = start
+    return Context(env_id, state, seed, placement)
+
+
 class ContextSampler:
-    """Draws groups of contexts in shuffled passes over the training states.
+    """Draws groups of contexts in shuffled passes over the starts of training.
 
     A state at which every rollout succeeded in ``skip_after`` groups in a row teaches nothing and is skipped; after
     ``remeasure_after`` skips it is tried again, since the policy may have forgotten it. With ``target_success`` states
     are not taken in turn but drawn, the more often the nearer their success rate is to that.
 
     Args:
-        env_ids: the tasks.
-        init_states: first and one past the last initial state to learn on.
+        starts: see `training_starts`.
         config: group size and skip rule.
         seed: makes the sequence reproducible.
     """
 
-    def __init__(self, env_ids: Sequence[str], init_states: tuple[int, int], config: SamplingConfig, seed: int) -> None:
-        self._starts = [(env_id, state) for env_id in env_ids for state in range(*init_states)]
+    def __init__(self, starts: Sequence[Start], config: SamplingConfig, seed: int) -> None:
+        self._starts = list(starts)
         self._config = config
         self._rng = np.random.default_rng(seed)
         self._seed = seed
-        self._order: list[tuple[str, int]] = []
+        self._order: list[Start] = []
         self._perfect = dict.fromkeys(self._starts, 0)
         self._passed_over = dict.fromkeys(self._starts, 0)
         self._rates = dict.fromkeys(self._starts, 0.5)
@@ -72,7 +91,10 @@ class ContextSampler:
         self._groups += 1
         # Distinct seeds within a run and between runs; evaluation seeds lie elsewhere (see EvalConfig.seed).
         first = 2_000_000 + self._seed * 10_000_000 + group * size
-        return Group(group, start, tuple(Context(*start, first + k) for k in range(size)))
+        env_id, state, placement = start
+        # Also a given initial state leaves something to the environment's seed: the places of fixtures.
+        shared = first if placement is None else placement
+        return Group(group, start, tuple(Context(env_id, state, first + k, shared) for k in range(size)))
 
     def record(self, group: Group, rewards: np.ndarray) -> None:
         """Note the result of a finished group."""
@@ -89,11 +111,11 @@ class ContextSampler:
         """
         if self.is_aside(context):
             return
-        dropped = {(context.env_id, context.init_state)}
-        self.aside.append(SetAside(context.env_id, context.init_state, reason))
+        dropped = {context.start}
+        self.aside.append(SetAside(*context.start, reason))
         if sum(entry.env_id == context.env_id for entry in self.aside) == _STATES_TO_SET_TASK_ASIDE:
             dropped.update(start for start in self._starts if start[0] == context.env_id)
-            self.aside.append(SetAside(context.env_id, None, f"{_STATES_TO_SET_TASK_ASIDE} initial states fail"))
+            self.aside.append(SetAside(context.env_id, None, None, f"{_STATES_TO_SET_TASK_ASIDE} initial states fail"))
         self._starts = [start for start in self._starts if start not in dropped]
         self._order = [start for start in self._order if start not in dropped]
         if not self._starts:
@@ -101,9 +123,9 @@ class ContextSampler:
 
     def is_aside(self, context: Context) -> bool:
         """Was its initial state or its task set aside?"""
-        return any(e.env_id == context.env_id and e.init_state in (None, context.init_state) for e in self.aside)
+        return any(entry.start in (context.start, (context.env_id, None, None)) for entry in self.aside)
 
-    def _next_start(self) -> tuple[str, int]:
+    def _next_start(self) -> Start:
         # A whole pass may be skipped, but each pass brings every state closer to being measured again.
         while True:
             if not self._order:
@@ -118,7 +140,7 @@ class ContextSampler:
             self._passed_over[start] += 1
             self.skipped += 1
 
-    def _next_pass(self) -> list[tuple[str, int]]:
+    def _next_pass(self) -> list[Start]:
         count, target = len(self._starts), self._config.target_success
         if target is None:
             return [self._starts[i] for i in self._rng.permutation(count)]

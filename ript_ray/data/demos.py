@@ -20,7 +20,7 @@ def demonstrate(env: World, context: Context, config: DemosConfig) -> Trajectory
     """One demonstration. Executed actions are disturbed for variety; the labels are the expert's clean answers to the
     states that the disturbance led to (Laskey et al. 2017, DART).
     """
-    observation, _ = env.reset(seed=context.seed, options={"init_state": context.init_state})
+    observation, _ = env.reset(**context.reset_arguments())
     rng = np.random.default_rng(context.seed)
     angle = rng.uniform(0.0, 2 * np.pi)
     miss = config.grasp_error if rng.random() < config.clumsy else 0.0

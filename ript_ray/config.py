@@ -44,7 +44,7 @@ class EnvConfig(_Section):
     train_init_states: tuple[int, int] = (0, 25)
     """Initial states to learn on: first, and one past the last."""
     train_placements: int = Field(default=0, ge=0)
-    """Learn on so many random placements of the objects instead, too many to be learned by heart; 0 for none."""
+    """Learn on so many random placements (objects and arm) instead, too many to be learned by heart; 0 for none."""
     eval_init_states: tuple[int, int] = (25, 50)
     """Held-out initial states for evaluation: first, and one past the last."""
 

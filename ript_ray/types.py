@@ -25,7 +25,8 @@ class Context:
     seed: int
     """Seeds the policy's noise, and the environment's reset unless ``placement`` does."""
     placement: int | None = None
-    """Seeds the environment's reset, for rollouts that differ in the policy's noise alone."""
+    """Seeds the environment's reset, for rollouts that differ in the policy's noise alone; without an initial state
+    the arm is disturbed, too, as it is in the benchmark's initial states."""
 
     @property
     def start(self) -> Start:
@@ -34,7 +35,8 @@ class Context:
 
     def reset_arguments(self) -> dict[str, Any]:
         """What to call an environment's `reset` with."""
-        return {"seed": self._env_seed, "options": {"init_state": self.init_state}}
+        disturb = self.init_state is None and self.placement is not None
+        return {"seed": self._env_seed, "options": {"init_state": self.init_state, "disturb_arm": disturb}}
 
     @property
     def _env_seed(self) -> int:

@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 
 from ript_ray.envs import rendering
-from ript_ray.envs.world import LazyObservation, Ticket, World, check_action, check_options
+from ript_ray.envs.world import LazyObservation, ResetOptions, Ticket, World, check_action, check_options
 
 rendering.configure()
 
@@ -70,7 +70,7 @@ class ArmWorld(World):
         self._scene: Ticket = {}
 
     @abc.abstractmethod
-    def _start(self, seed: int, init_state: int | None) -> None:
+    def _start(self, seed: int, options: ResetOptions) -> None:
         """Bring the simulator to the start of an episode and take the first observation."""
 
     def reset(
@@ -80,20 +80,20 @@ class ArmWorld(World):
 
         Args:
             seed: seeds the placement of objects; a fresh random one by default.
-            options: ``{"init_state": i}`` starts from the i-th known initial state.
+            options: ``{"init_state": i}`` starts from the i-th known initial state; see `ResetOptions`.
 
         Raises:
             UserError: for an initial state that does not exist or an unknown option.
         """
         super().reset(seed=seed)
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        init_state = check_options(options, self)
+        wanted = check_options(options, self)
         started = time.perf_counter()
         with self.guard("reset"):
-            self._start(seed, init_state)
+            self._start(seed, wanted)
         self.elapsed_steps, self._over = 0, False
         self.physics_seconds += time.perf_counter() - started
-        return self._require_observation(), {"seed": seed, "init_state": init_state}
+        return self._require_observation(), {"seed": seed, "init_state": wanted.init_state}
 
     def step(self, action: np.ndarray) -> tuple[LazyObservation, float, bool, bool, dict[str, Any]]:
         """Advance by one control step (50 ms). Success ends the episode with reward 1."""

@@ -80,7 +80,7 @@ class GymnasiumWorld(World):
         """Start an episode from the seed, or from ``options={"init_state": i}``."""
         super().reset(seed=seed)
         seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        init_state = check_options(options, self)
+        init_state = check_options(options, self).init_state
         started = time.perf_counter()
         with self.guard("reset"):
             observation, _ = self._env.reset(seed=seed if init_state is None else init_state)

@@ -8,8 +8,11 @@ import numpy as np
 
 from ript_ray.envs.arm import ArmWorld, global_numpy_seed, with_cached_model
 from ript_ray.envs.tasks import Task
+from ript_ray.envs.world import ResetOptions
 
 SETTLE_STEPS = 10
+ARM_DEVIATION = 0.02
+"""Of each joint in the benchmark's initial states, in rad: robosuite's default noise."""
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 
 
@@ -35,18 +38,27 @@ class LiberoEnv(ArmWorld):
         self.num_init_states = len(self._init_states)
         self._base_initializers = list(self._env.object_property_initializers)
 
-    def _start(self, seed: int, init_state: int | None) -> None:
-        self.begin_episode(seed, init_state)
+    def _start(self, seed: int, options: ResetOptions) -> None:
+        self.begin_episode(seed, *options)
         for _ in range(SETTLE_STEPS):
             self._advance(SETTLE_ACTION)
 
-    def begin_episode(self, seed: int, init_state: int | None) -> None:
-        """What the stock `seed`, `reset` and `set_init_state` do, without the settle steps that follow in `reset`."""
+    def begin_episode(self, seed: int, init_state: int | None, disturb_arm: bool = False) -> None:
+        """What the stock `seed`, `reset` and `set_init_state` do, without the settle steps that follow in `reset`.
+
+        The stock `reset` always starts with the arm in the same pose, unlike the benchmark's initial states; with
+        ``disturb_arm`` its joints vary as theirs do.
+        """
         with global_numpy_seed(seed):
             self._reset_like_new()
-        if init_state is not None:
+        state = None if init_state is None else self._init_states[init_state]
+        if state is None and disturb_arm:
+            state = self._env.sim.get_state().flatten()
+            joints = 1 + np.array(self._env.robots[0]._ref_joint_pos_indexes)  # after the time
+            state[joints] += np.random.default_rng([seed, 1]).normal(0.0, ARM_DEVIATION, len(joints))
+        if state is not None:
             # Stock `set_init_state`: joint positions and velocities, then a forced observation.
-            self._env.sim.set_state_from_flattened(self._init_states[init_state])
+            self._env.sim.set_state_from_flattened(state)
             self._env.sim.forward()
             self._post_process()
             self._observe_at_start()

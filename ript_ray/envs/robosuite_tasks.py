@@ -9,6 +9,7 @@ import numpy as np
 from ript_ray.config import INIT_STATES
 from ript_ray.envs.arm import ArmWorld, global_numpy_seed, with_cached_model
 from ript_ray.envs.tasks import ROBOSUITE_TASKS
+from ript_ray.envs.world import ResetOptions
 
 MAX_STEPS = 500
 _MODEL_SEED = 0
@@ -36,9 +37,10 @@ class RobosuiteEnv(ArmWorld):
         self.id, self.instruction = f"robosuite/{name}", ROBOSUITE_TASKS[name]
         self.max_steps = max_steps or MAX_STEPS
 
-    def _start(self, seed: int, init_state: int | None) -> None:
+    def _start(self, seed: int, options: ResetOptions) -> None:
         env = self._env
-        with global_numpy_seed(seed if init_state is None else init_state):
+        # The seed moves the arm, too.
+        with global_numpy_seed(seed if options.init_state is None else options.init_state):
             self._restore_compiled_model()
             env.robots[0].gripper.current_action = np.zeros(env.robots[0].gripper.dof)
             env.sim.reset()

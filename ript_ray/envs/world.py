@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, ItemsView, ValuesView
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -113,19 +113,29 @@ class World(gym.Env[LazyObservation, np.ndarray], abc.ABC):
         """Frames rendered since construction."""
 
 
-def check_options(options: dict[str, Any] | None, world: World) -> int | None:
-    """The initial state that reset options ask for, or None.
+class ResetOptions(NamedTuple):
+    """What `reset` may be asked for."""
+
+    init_state: int | None = None
+    """Start from this known initial state."""
+    disturb_arm: bool = False
+    """Without one: vary the arm's joints as the benchmark's initial states do, where the world's own reset does not."""
+
+
+def check_options(options: dict[str, Any] | None, world: World) -> ResetOptions:
+    """What the reset options ask for.
 
     Raises:
         UserError: for an unknown option or a state that does not exist.
     """
-    options = dict(options or {})
-    init_state = options.pop("init_state", None)
-    if options:
-        raise UserError(f"reset option {next(iter(options))!r} is unknown; valid: 'init_state'")
+    for name in options or {}:
+        if name not in ResetOptions._fields:
+            raise UserError(f"reset option {name!r} is unknown; valid: {', '.join(ResetOptions._fields)}")
+    wanted = ResetOptions(**(options or {}))
+    init_state = wanted.init_state
     if init_state is not None and not 0 <= init_state < world.num_init_states:
         raise UserError(f"init_state={init_state}: {world.id} has states 0 to {world.num_init_states - 1}")
-    return init_state
+    return wanted
 
 
 def check_action(action: np.ndarray, size: int) -> np.ndarray:

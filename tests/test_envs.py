@@ -10,6 +10,7 @@ import pytest
 
 from ript_ray.envs import all_task_ids, find_task, make
 from ript_ray.errors import UserError
+from ript_ray.types import Context
 
 pytestmark = pytest.mark.libero
 
@@ -136,3 +137,28 @@ def test_the_expert_says_what_it_cannot_do() -> None:
     with pytest.raises(UserError, match="try libero_object/0"):
         PickPlaceExpert(env, np.zeros(2))
     env.close()
+
+
+def test_a_disturbed_arm_varies_as_in_the_official_initial_states(env) -> None:  # noqa: ANN001
+    data, model = env.simulation.sim.data._data, env.simulation.sim.model._model
+    arm = [model.jnt_qposadr[j] for j in range(model.njnt) if model.joint(j).name.startswith("robot0_joint")]
+    official = find_task(env.id).init_states()[:, 1:][:, arm]
+
+    def started(seed: int, disturb: bool) -> np.ndarray:
+        env.begin_episode(seed, None, disturb)
+        return data.qpos.copy()
+
+    plain = [started(seed, disturb=False) for seed in range(40)]
+    disturbed = [started(seed, disturb=True) for seed in range(40)]
+    assert np.ptp(np.array(plain)[:, arm], axis=0).max() == 0  # why training needs it
+    deviations = np.array(disturbed)[:, arm].std(0)
+    assert deviations.mean() == pytest.approx(official.std(0).mean(), rel=0.25)
+    np.testing.assert_allclose(np.array(disturbed)[:, arm].mean(0), official.mean(0), atol=0.02)
+    others = np.delete(np.array(disturbed), arm, axis=1)
+    np.testing.assert_array_equal(others, np.delete(np.array(plain), arm, axis=1))
+    np.testing.assert_array_equal(started(7, disturb=True), disturbed[7])
+    first, _ = env.reset(seed=7, options={"disturb_arm": True})
+    again, _ = env.reset(**Context(env.id, None, seed=99, placement=7).reset_arguments())
+    np.testing.assert_array_equal(first["state"], again["state"])
+    with pytest.raises(UserError, match="valid: init_state, disturb_arm"):
+        env.reset(options={"init_sate": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_the_domain_does_not_know_ray() -> None:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(module.split(".")[0] == "ray" for module in modules), file
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = [*ALLOWED, "benchmarks"]
+    found = {
+        str(file.parent.relative_to(ROOT)).replace("/", ".")
+        for room in rooms
+        for file in (ROOT / room).rglob("__init__.py")
+    }
+    assert set(listed) == found

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from actors.rollout import EpisodeReport
-from ript_ray.algos.advantages import AdvantageCounts, is_mixed, leave_one_out, process
+from ript_ray.algos.advantages import AdvantageCounts, is_kept, leave_one_out, process
 from ript_ray.config import Config
 from ript_ray.data.windows import shuffled_batches, window_starts
 from ript_ray.types import Finished, FrameBatch, FrameJob, Shard
@@ -81,7 +81,7 @@ class SamplePool:
             return None
         del self._pending[group]
         rewards = np.array([float(member.success) for member, _ in members])
-        if self._config.objective.name != "imitation" and not is_mixed(rewards):
+        if not is_kept(rewards, self._config.objective):
             self._count.rejected += 1
             return []
         self._count.accepted += 1

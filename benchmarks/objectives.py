@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,18 @@ from actors.dispatcher import Dispatcher, Episode
 from actors.rollout import RolloutActor
 from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
-from learner.update import Step, update
-from ript_ray.algos.advantages import is_mixed, leave_one_out, process
+from learner.loop import plan_steps
+from learner.update import update
+from ript_ray.algos.advantages import is_kept, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
-from ript_ray.data.windows import gather, seen_starts, shuffled_batches
+from ript_ray.data.windows import seen_starts, shuffled_batches
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import describe, load_policy, to_publish
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.reporting import versions, write_json
-from ript_ray.types import Batch, Context, Trajectory, Window
+from ript_ray.types import Context, Shard, Trajectory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": {"name": "imitation"}},
@@ -208,28 +208,22 @@ def _update(
     seed: int,
 ) -> FlowPolicy:
     """One update on all groups so far, as the pool and the learner do it; the policy to act with."""
-    kept = [group for group in groups if objective.name == "imitation" or is_mixed(group.rewards)]
+    kept = [group for group in groups if is_kept(group.rewards, objective)]
     pool = dict(enumerate(t for group in kept for t in group.trajectories))
     if not pool:
         return policy
     advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
     weights = dict(enumerate(process(np.array(list(advantages.values())), objective)[0].tolist()))
     data = config.data
-    windows = [Window(i, start) for i, t in pool.items() for start in seen_starts(t, data.short, data.tail)]
-
-    def load(rows: np.ndarray) -> Batch:
-        return gather([windows[row] for row in rows], pool, advantages, weights=weights)
-
+    windows = [(i, start) for i, t in pool.items() for start in seen_starts(t, data.short, data.tail)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile
     # Every objective takes the same number of steps, whatever was rejected.
     every = sum(len(seen_starts(t, data.short, data.tail)) for group in groups for t in group.trajectories)
     steps = max(1, train.epochs * every // train.batch_size)
     epochs = -(-steps * train.batch_size // len(windows))
     order = shuffled_batches(len(windows), epochs + 1, train.batch_size, [seed])[:steps]
-    micro = train.micro_batch
-    batches = [
-        Step([partial(load, rows[i : i + micro]) for i in range(0, len(rows), micro)], len(rows)) for rows in order
-    ]
+    shard = Shard(0, {}, advantages, weights, np.array(windows, dtype=np.int32), order, train.batch_size)
+    batches = plan_steps(shard, pool, train.micro_batch)
     return update(policy, batches, train, objective, torch.Generator().manual_seed(seed))[0]
 
 

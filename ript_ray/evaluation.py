@@ -115,11 +115,15 @@ def successive_halving(
         if len(alive) == 1:
             break
         count *= 2
-    table = [{"scale": scale} | success_summary(results[scale]) for scale in scales]
+    rates = {scale: success_summary(results[scale]) for scale in scales}
     best = alive[0]
-    low = wilson_interval(sum(results[best]), len(results[best]))[0]
-    high = wilson_interval(sum(results[1.0]), len(results[1.0]))[1]
-    return {"chosen": best if low > high else 1.0, "best": best, "settings_tried": len(scales), "table": table}
+    told_apart = rates[best]["ci95"][0] > rates[1.0]["ci95"][1]
+    return {
+        "chosen": best if told_apart else 1.0,
+        "best": best,
+        "settings_tried": len(scales),
+        "table": [{"scale": scale} | summary for scale, summary in rates.items()],
+    }
 
 
 def before_and_after(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:

@@ -34,6 +34,11 @@ def is_mixed(rewards: np.ndarray) -> bool:
     return bool(np.ptp(np.asarray(rewards)) > 0)
 
 
+def is_kept(rewards: np.ndarray, config: ObjectiveConfig) -> bool:
+    """Is the group trained on? All objectives but `imitation` need one that is mixed."""
+    return config.name == "imitation" or is_mixed(rewards)
+
+
 @dataclass(frozen=True, slots=True)
 class AdvantageCounts:
     """What `process` met."""

@@ -4,6 +4,7 @@
     python launch.py demos                       demonstrations by a scripted expert
     python launch.py sft data.demos=FILE         a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
+    python launch.py train --resume RUN_DIR      go on with a run that was interrupted
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
@@ -16,9 +17,12 @@ Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,7 @@ from ript_ray.config import Config, load_config, resolve, save_config
 from ript_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from cluster.tracking import Tracker
     from ript_ray.policies.flow import FlowPolicy
 
 log = logging.getLogger("ript_ray")
@@ -35,28 +40,73 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
 def train(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Collect, learn, publish, again and again; evaluate on held-out states before and after."""
+    """Collect, learn, publish, again and again; evaluate on held-out states before and after.
+
+    When one of the processes that cannot be replaced dies, all start again and go on from the journal; a failure that
+    comes again before anything new was played or learnt ends the run after ``scaling.max_restarts`` times.
+    """
+    from cluster.tracking import tracking
+
+    survived: list[str] = []
+    restarts = 0
+    with (
+        told_how_to_resume(run_dir),
+        tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
+    ):
+        while True:
+            before = work_done(run_dir)
+            try:
+                return train_until_it_fails(config, run_dir, tracker, survived)
+            except UserError:
+                raise
+            except Exception as error:
+                restarts = restarts + 1 if work_done(run_dir) == before else 1
+                if restarts > config.scaling.max_restarts:
+                    raise
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                survived.append(f"all processes were started again: {reason}")
+                log.exception("starting again, %d of %d", restarts, config.scaling.max_restarts)
+                print(f"\n{reason}; starting again from what is on disk", file=sys.stderr)
+                time.sleep(2.0**restarts)
+
+
+def work_done(run_dir: Path) -> int:
+    """Episodes and updates on disk."""
+    return sum(1 for folder in ("episodes", "checkpoints") for _ in (run_dir / folder).glob("[0-9]*"))
+
+
+def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, survived: list[str]) -> dict[str, Any]:
+    """One session of `train`, from what is in the run directory to the summary.
+
+    Args:
+        config: the whole configuration.
+        run_dir: of the run, new or not.
+        tracker: takes metrics and files.
+        survived: failures of earlier sessions, to be noted.
+    """
     import ray
 
     from actors.coordinator import Coordinator
     from actors.pool import SamplePool
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
-    from cluster.tracking import tracking
     from learner.loop import learner_group
+    from ript_ray.policies.checkpoints import newest_policy
 
     started = time.perf_counter()
     policy = load_starting_policy(config)
-    plan = ResourcePlan.of(config.scaling)
-    with (
-        ray_session(config.scaling, plan),
-        tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
-    ):
-        store, actors = start_rollouts(config, policy)
+    update, newest, damaged = newest_policy(run_dir / "checkpoints")
+    for reason in damaged:
+        log.warning("%s; going on from update %d", reason, update)
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+        store, actors = start_rollouts(config, newest or policy, update)
         pool = spawn(SamplePool, config, name="SamplePool")
-        coordinator = spawn(Coordinator, config, actors, pool, store, run_dir.resolve(), name="Coordinator")
+        coordinator = spawn(
+            Coordinator, config, actors, pool, store, run_dir.resolve(), survived + damaged, name="Coordinator"
+        )
+        survived.clear()
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
-        with Monitor(coordinator, run_dir, tracker) as monitor:
+        with Monitor(coordinator, tracker) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
@@ -71,7 +121,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         counts = ray.get(pool.stats.remote(), timeout=60)
         summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actors[0].renderer.remote()))
         summary |= {"updates": version, "weights_sha256": sha256}
-        summary["seconds"]["total"] = time.perf_counter() - started
+        summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
         tracker.artifacts(run_dir)
     return summary
@@ -81,18 +131,11 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     """Success rate of ``policy.checkpoint`` on held-out initial states."""
     import ray
 
-    from actors.coordinator import Coordinator
-    from cluster.monitor import Monitor
-    from cluster.session import ResourcePlan, ray_session, spawn
     from ript_ray.evaluation import success_summary
     from ript_ray.reporting import describe_rate, versions
 
-    policy = load_starting_policy(config)
-    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
-        with Monitor(coordinator, run_dir, None):
-            outcome = ray.get(coordinator.evaluate.remote("evaluating"))
+    with players(config, run_dir) as (coordinator, actors):
+        outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         renderer = ray.get(actors[0].renderer.remote())
     columns = {
         name: success_summary([result for result in results if result is not None])
@@ -108,28 +151,21 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     """Choose the guidance scale of ``policy.checkpoint`` by successive halving, on training states, not on the exam."""
     import ray
 
-    from actors.coordinator import Coordinator
-    from cluster.monitor import Monitor
-    from cluster.session import ResourcePlan, ray_session, spawn
     from ript_ray.algos.sampling import start_context, training_starts
     from ript_ray.evaluation import successive_halving
     from ript_ray.reporting import describe_rate
 
     if 1.0 not in config.eval.scales:
         raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
-    policy = load_starting_policy(config)
     starts = training_starts(config.env)
-    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
+    with players(config, run_dir) as (coordinator, _):
 
         def play(scale: float, episodes: range) -> list[bool]:
             contexts = [start_context(starts[i % len(starts)], config.eval.seed + i) for i in episodes]
             played = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
             return [bool(success) for success in played]
 
-        with Monitor(coordinator, run_dir, None):
-            result = successive_halving(config.eval.scales, play, config.eval.halving_episodes)
+        result = successive_halving(config.eval.scales, play, config.eval.halving_episodes)
     for row in result["table"]:
         print(f"  w = {row['scale']:<5g}{describe_rate(row)}")
     told = "the best" if result["chosen"] == result["best"] else f"{result['best']:g} is not told apart from it"
@@ -256,6 +292,23 @@ def leave_behind(
     print(f"  everything in {run_dir}")
 
 
+@contextlib.contextmanager
+def told_how_to_resume(run_dir: Path) -> Iterator[None]:
+    """Say how to go on, however a run ends before it is finished. SIGTERM ends it as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException:
+        print(f"\nnot finished; nothing that was played is lost: python launch.py train --resume {run_dir}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def load_starting_policy(config: Config) -> FlowPolicy:
     """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``."""
     from ript_ray.policies.checkpoints import load_policy
@@ -270,8 +323,23 @@ def load_starting_policy(config: Config) -> FlowPolicy:
     return policy
 
 
-def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
-    """The weight store, with ``policy`` as version 0, and the rollout actors that pull from it."""
+@contextlib.contextmanager
+def players(config: Config, run_dir: Path) -> Iterator[tuple[Any, list[Any]]]:
+    """A session that plays episodes with ``policy.checkpoint`` and learns nothing: its coordinator and its actors."""
+    from actors.coordinator import Coordinator
+    from cluster.monitor import Monitor
+    from cluster.session import ResourcePlan, ray_session, spawn
+
+    policy = load_starting_policy(config)
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        store, actors = start_rollouts(config, policy)
+        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
+        with Monitor(coordinator, None):
+            yield coordinator, actors
+
+
+def start_rollouts(config: Config, policy: FlowPolicy, version: int = 0) -> tuple[Any, list[Any]]:
+    """The weight store, with ``policy`` as its first version, and the rollout actors that pull from it."""
     import ray
 
     from actors.rollout import RolloutActor
@@ -280,7 +348,7 @@ def start_rollouts(config: Config, policy: FlowPolicy) -> tuple[Any, list[Any]]:
     from ript_ray.policies.checkpoints import describe, to_publish
 
     store = spawn(WeightStore, name="WeightStore")
-    ray.get(store.publish.remote(0, *to_publish(policy)), timeout=60)
+    ray.get(store.publish.remote(version, *to_publish(policy)), timeout=60)
     return store, start_actors(RolloutActor, config.scaling, config, describe(policy), "WeightStore")
 
 
@@ -292,14 +360,20 @@ def make_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}: cannot create the folder {str(folder)!r}: {error.strerror}") from error
 
 
-def make_run_dir(config: Config, command: str) -> Path:
-    """Create the run directory and write the resolved configuration into it."""
+def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
+    """Create the run directory and write the resolved configuration into it, unless a run in it is resumed."""
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
     if (run_dir / "summary.json").exists():
         raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
-    make_folder(run_dir, "run.dir")
-    save_config(config, run_dir / "config.yaml")
+    if not resuming:
+        if (run_dir / "journal.jsonl").exists():
+            raise UserError(
+                f"run.dir={str(run_dir)!r} holds a run that has not finished; go on with it: python launch.py train "
+                f"--resume {run_dir}; or choose another directory"
+            )
+        make_folder(run_dir, "run.dir")
+        save_config(config, run_dir / "config.yaml")
     logging.basicConfig(
         filename=run_dir / "run.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -308,7 +382,7 @@ def make_run_dir(config: Config, command: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, run the command, return the exit code: 0, or 2 for a mistake in the input."""
+    """Run what the command line says; the exit code is 0, 2 for a mistake in the input, 130 when it was stopped."""
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -317,6 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", help="short for env.id=SUITE/TASK, with --task")
     parser.add_argument("--task", help="number or name of a task in --suite; 0 by default")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="train: go on with a run that was interrupted")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -325,7 +400,10 @@ def main(arguments: list[str] | None = None) -> int:
         settings = options.settings
         if options.suite or options.task:
             settings = [*settings, f"env.id={options.suite or 'libero_object'}/{options.task or 0}"]
-        result = dispatch(options.command, settings, options.config)
+        if options.resume:
+            result = resume(options.command, settings, options.resume)
+        else:
+            result = dispatch(options.command, settings, options.config)
         if options.json:
             from ript_ray.reporting import write_json
 
@@ -333,7 +411,21 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
+    """Go on with an interrupted training run, with its own configuration."""
+    if command != "train":
+        raise UserError(f"--resume {run_dir}: only train can go on, not {command}")
+    if settings:
+        raise UserError(f"{settings[0]!r}: a run is resumed with its own configuration, {run_dir / 'config.yaml'}")
+    if not (run_dir / "journal.jsonl").exists():
+        raise UserError(f"--resume {run_dir}: no journal.jsonl there; expected a directory that train made")
+    config = load_config(run_dir / "config.yaml", [f"run.dir={run_dir}"])
+    return train(config, make_run_dir(config, command, resuming=True))
 
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
@@ -359,7 +451,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return examine(config)
     config = fit_actors(config, resolve(config.policy.checkpoint))
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
-    return commands[command](config, make_run_dir(config, command))
+    return commands[command](config, make_run_dir(config, command, resuming=False))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,26 @@
 
 Loop        consumes              produces            waits for                          unblocked by
 run         finished episodes     sealed steps        weights version ≥ step − lead      WeightStore.publish
+            (lead = 0 in sync mode)
 evaluate    held-out contexts     success counts      its episodes                       –
 
 It is the caller of `collect`, hence the owner of every trajectory: an actor that dies loses only the episode it runs,
 which is played again. Every wait is bounded by the episode's time limit.
+
+In ``async`` mode groups that are unfinished when an update has enough go on and count for the next one, so nobody waits
+for the slowest episode; new ones are opened once version step − lead is there. In ``sync`` mode groups are judged in
+the order in which they were opened, whichever finishes first: then nothing depends on timing, and a run that was
+resumed (`actors.journal`) ends as if it had never stopped.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,10 +38,12 @@ import numpy as np
 import ray
 
 from actors.dispatcher import Dispatcher, Episode, Outcome
+from actors.journal import Journal
 from actors.rollout import EpisodeReport
+from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config, SamplingConfig
-from ript_ray.data.storage import save_episode
+from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.types import Context
 
@@ -59,10 +69,16 @@ class _Totals:
 class _Collection:
     """The rollouts of one update while they come in."""
 
+    config: SamplingConfig
+    step: int
+    in_order: bool
+    """Are groups judged in the order in which they were opened?"""
     groups: dict[int, Group] = field(default_factory=dict)
-    """Open ones."""
-    rewards: dict[int, list[float]] = field(default_factory=dict)
-    """Of finished rollouts, by group."""
+    """Open ones, in that order."""
+    finished: dict[int, list[Outcome]] = field(default_factory=dict)
+    """Their rollouts so far."""
+    rewards: list[float] = field(default_factory=list)
+    """Of the groups that were judged."""
     opened: int = 0
     accepted: int = 0
     all_failed: int = 0
@@ -74,34 +90,47 @@ class _Collection:
         """Since the collection began."""
         return time.perf_counter() - self.started
 
+    @property
+    def has_enough(self) -> bool:
+        """Is the quota of accepted groups met?"""
+        return self.accepted >= math.ceil(self.config.enough * self.config.groups)
+
     def open(self, group: Group) -> None:
         """Note a group that is now rolled out."""
-        self.groups[group.id], self.rewards[group.id] = group, []
+        self.groups[group.id], self.finished[group.id] = group, []
         self.opened += 1
 
-    def ended_by(self, config: SamplingConfig) -> str | None:
-        """The quota or the budget that ends it, if one does."""
-        if self.accepted >= math.ceil(config.enough * config.groups):
-            return "quota"
-        if config.max_seconds is not None and self.seconds > config.max_seconds:
-            return "seconds"
-        return "groups" if not self.groups and self.opened >= config.max_groups else None
+    def next_complete(self) -> Group | None:
+        """A group to be judged, if there is one."""
+        for group in self.groups.values():
+            if len(self.finished[group.id]) == self.config.group_size:
+                return group
+            if self.in_order:
+                break
+        return None
 
-    def metrics(self) -> dict[str, float]:
+    def ended_by(self) -> str | None:
+        """The quota or the budget that ends it, if one does."""
+        if self.has_enough:
+            return "quota"
+        if self.config.max_seconds is not None and self.seconds > self.config.max_seconds:
+            return "seconds"
+        return "groups" if not self.groups and self.opened >= self.config.max_groups else None
+
+    def metrics(self, seconds: float) -> dict[str, float]:
         """A row of metrics: success with its 95 % interval, groups, seconds."""
-        finished = [reward for rewards in self.rewards.values() for reward in rewards]
-        low, high = wilson_interval(round(sum(finished)), len(finished))
+        low, high = wilson_interval(round(sum(self.rewards)), len(self.rewards))
         return {
-            "rollout/success_rate": float(np.mean(finished)) if finished else 0.0,
+            "rollout/success_rate": float(np.mean(self.rewards)) if self.rewards else 0.0,
             "rollout/success_low": low,
             "rollout/success_high": high,
-            "rollout/episodes": len(finished),
+            "rollout/episodes": len(self.rewards),
             "rollout/groups_accepted": self.accepted,
             "rollout/groups_rejected": self.all_failed + self.all_succeeded,
             "rollout/groups_all_failed": self.all_failed,
             "rollout/groups_all_succeeded": self.all_succeeded,
-            "rollout/groups_cancelled": len(self.groups),
-            "rollout/seconds": self.seconds,
+            "rollout/groups_open": len(self.groups),
+            "rollout/seconds": seconds,
         }
 
 
@@ -114,18 +143,39 @@ class Coordinator:
         actors: handles of `RolloutActor`.
         pool: handle of `SamplePool`.
         store: handle of `WeightStore`.
-        run_dir: episodes are recorded in its ``episodes`` folder; None records none.
+        run_dir: holds the journal, which is lived through first if there is one, the recorded episodes and
+            ``metrics.jsonl``; None records nothing.
+        survived: failures that ended earlier sessions, to be noted.
     """
 
-    def __init__(self, config: Config, actors: list[Any], pool: Any, store: Any, run_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        actors: list[Any],
+        pool: Any,
+        store: Any,
+        run_dir: Path | None = None,
+        survived: Sequence[str] = (),
+    ) -> None:
         self._config = config
         self._actors = actors
         self._pool = pool
         self._store = store
-        self._episodes_dir = run_dir / "episodes" if run_dir is not None else None
+        self._journal = Journal(run_dir)
+        self._metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
-        self._totals = _Totals()
-        self._rows: list[dict[str, Any]] = []
+        self._asynchronous = config.train.mode == "async"
+        self._version = 0
+        """Of weights that are published; there may be newer ones."""
+        self._open: dict[int, Group] = {}
+        self._rollouts: dict[int, list[Outcome]] = {}
+        """Groups that are still rolled out when an update has enough, and their rollouts: the next update's, in
+        ``async`` mode."""
+        for fault in survived:
+            self._journal.fault(fault)
+        self._totals = _Totals(errors=[*self._journal.faults, *survived])
+        self._rows = _read_rows(self._metrics)
+        self._logged = {_row_key(row) for row in self._rows}
         self._learner_starts = 0
         self._lock = threading.Lock()
         self._stage = "starting"
@@ -140,16 +190,18 @@ class Coordinator:
     def run(self) -> None:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
-        dispatcher = Dispatcher(self._actors, config.scaling)
+        dispatcher = Dispatcher(self._actors, config.scaling, self._journal)
         for step in range(config.train.updates):
-            lead = config.train.lead if config.train.mode == "async" else 0
-            self._enter("waiting for weights", 0)
-            self._wait_for_weights(max(0, step - lead))
+            if not self._asynchronous:
+                self._enter("waiting for weights", 0)
+                self._wait_for_weights(step)
             if self._collect(step, dispatcher):
                 self._ask(self._pool.finish.remote(step))
                 break
             jobs = self._ask(self._pool.seal.remote(step))
-            if jobs:
+            if self._ask(self._store.newest.remote(step)) is not None:  # learnt in an earlier session
+                self._ask(self._pool.rendering.remote([], []))
+            elif jobs:
                 # The learner may start: frames come in the order in which it needs them.
                 references = dispatcher.render(jobs)
                 self._ask(self._pool.rendering.remote(jobs, references))
@@ -179,30 +231,37 @@ class Coordinator:
     def _play(
         self, stage: str, contexts: list[Context], guidance: float, keep: int
     ) -> tuple[list[bool | None], dict[bool, dict[int, Any]]]:
-        dispatcher = Dispatcher(self._actors, self._config.scaling)
+        dispatcher = Dispatcher(self._actors, self._config.scaling, self._journal)
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
             dispatcher.submit(Episode(-1, context, guidance))
         results: list[bool | None] = [None] * len(contexts)
         kept: dict[bool, dict[int, Any]] = {True: {}, False: {}}
-        while dispatcher.outstanding:
-            for outcome in dispatcher.wait():
-                report, i = outcome.report, position[outcome.episode.context]
-                if report is None:
-                    self._set_aside(outcome, dispatcher)
-                    continue
-                results[i] = report.success
-                if len(kept[report.success]) < keep:
-                    kept[report.success][i] = outcome.reference
-                self._note(report)
+        while (outcome := dispatcher.next()) is not None:
+            report, i = outcome.report, position[outcome.episode.context]
+            if report is None:
+                self._set_aside(outcome, dispatcher)
+                continue
+            results[i] = report.success
+            self._note(report)
+            if len(kept[report.success]) < keep:
+                kept[report.success][i] = self._reference(outcome)
+            else:
+                self._forget(outcome)
         self._totals.errors += dispatcher.errors
         return results, kept
 
     def log(self, row: dict[str, Any]) -> None:
-        """Add a row of metrics (learners call this)."""
+        """Add a row of metrics (learners call this), unless an earlier session had it."""
         with self._lock:
+            if _row_key(row) in self._logged:
+                return
+            self._logged.add(_row_key(row))
             self._rows.append({"time": time.time()} | row)
+            if self._metrics is not None:
+                with self._metrics.open("a") as file:
+                    file.write(json.dumps(self._rows[-1]) + "\n")
 
     def progress(self, seen: int) -> dict[str, Any]:
         """What happens now, and the rows of metrics after the first ``seen``."""
@@ -224,11 +283,12 @@ class Coordinator:
             "env_steps": totals.env_steps,
             "surplus": totals.surplus,
             "errors": totals.errors,
+            "sessions": self._journal.sessions,
             "skipped_states": self._sampler.skipped,
             "collections_ended_by": dict(totals.ended_by),
             "set_aside": [asdict(entry) for entry in self._sampler.aside],
             "frames": {"looked": totals.frames, "eager": totals.eager_frames},
-            "seconds": {"rollout": totals.rollout_s} | totals.seconds,
+            "seconds": {"rollout": totals.rollout_s, "earlier": self._journal.seconds_before} | totals.seconds,
             "weights_wait_s": {"mean": float(np.mean(waits)) if waits else 0.0, "max": max(waits, default=0.0)},
         }
 
@@ -255,61 +315,135 @@ class Coordinator:
         """
         config = self._config.sampling
         self._enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
-        now = _Collection()
-        # Enough open groups to keep every actor busy, even when fewer are still wanted.
-        busy = -(-len(self._actors) // config.group_size)
+        now = _Collection(config, step, in_order=not self._asynchronous)
+        if self._asynchronous:
+            now.groups, now.finished, now.opened = self._open, self._rollouts, len(self._open)
+            self._judge_complete(now, dispatcher)
         errors_before = len(dispatcher.errors)
-        while (ended_by := now.ended_by(config)) is None:
-            while now.opened < config.max_groups and len(now.groups) < max(config.groups - now.accepted, busy):
-                group = self._sampler.next_group()
-                now.open(group)
-                acting = self._config.policy
-                for context in group.contexts:
-                    dispatcher.submit(Episode(group.id, context, acting.guidance, acting.explore))
-            for outcome in dispatcher.wait():
-                if outcome.report is None:
-                    now.opened -= self._give_up(outcome, now.groups, dispatcher)
-                else:
-                    self._take(outcome, now)
-        self._totals.surplus += dispatcher.cancel(set(now.groups))
-        for group_id in now.groups:
-            self._ask(self._pool.discard.remote(group_id))
+        while (ended := self._ended(now, step)) is None:
+            self._refill(now, dispatcher)
+            outcome = dispatcher.next()
+            if outcome is None:  # only weights can be missing
+                self._wait_for_weights(step - self._config.train.lead)
+            elif outcome.report is None:
+                now.opened -= self._give_up(outcome, now, dispatcher)
+            else:
+                self._take(outcome, now, dispatcher)
+        ended_by, seconds = ended
+        last = step + 1 == self._config.train.updates
+        if not self._asynchronous or last:
+            self._totals.surplus += dispatcher.cancel(set(now.groups))
+            for outcomes in now.finished.values():
+                for outcome in outcomes:
+                    self._forget(outcome)
         errors = dispatcher.errors[errors_before:]
-        self._totals.rollout_s += now.seconds
+        self._totals.rollout_s += seconds
         self._totals.ended_by[ended_by] += 1
         self._totals.errors += errors
-        row = now.metrics() | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
+        row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at
         return goal is not None and row["rollout/success_low"] >= goal
 
-    def _take(self, outcome: Outcome, now: _Collection) -> None:
-        """Hand a finished rollout to the pool; note its group's verdict if it was the last one."""
-        episode, report = outcome.episode, outcome.report
-        assert report is not None
-        self._note(report)
-        if episode.tag not in now.groups:
+    def _ended(self, now: _Collection, step: int) -> tuple[str, float] | None:
+        """What ended a collection, and after how many seconds; as the journal has it, if it does."""
+        entry = self._journal.take("collected")
+        if entry is not None:
+            return entry["ended_by"], entry["seconds"]
+        ended_by = None if self._journal.replaying else now.ended_by()
+        if ended_by is None:
+            return None
+        self._journal.collected(step, ended_by, now.seconds)
+        return ended_by, now.seconds
+
+    def _refill(self, now: _Collection, dispatcher: Dispatcher) -> None:
+        """Open as many groups as are still wanted, and as keep every actor busy.
+
+        In ``async`` mode that is whenever an actor has nothing to do, which the journal has to tell a resumed run.
+        """
+        config = self._config.sampling
+        busy = -(-len(self._actors) // config.group_size)
+        while now.opened < config.max_groups:
+            wanted = len(now.groups) < config.groups - now.accepted
+            if self._journal.replaying and self._asynchronous:
+                if self._journal.take("opened") is None:
+                    break
+            elif self._asynchronous:
+                if not (wanted or dispatcher.starving) or not self._may_open(now.step):
+                    break
+                self._journal.opened()
+            elif not wanted and len(now.groups) >= busy:
+                break
+            group = self._sampler.next_group()
+            now.open(group)
+            acting = self._config.policy
+            for context in group.contexts:
+                dispatcher.submit(Episode(group.id, context, acting.guidance, acting.explore))
+
+    def _may_open(self, step: int) -> bool:
+        """Are the weights there that no rollout for this step may be older than?"""
+        oldest = step - self._config.train.lead
+        if self._version < oldest:
+            self._version, _ = self._ask(self._store.newest_version.remote())
+        return self._version >= oldest
+
+    def _take(self, outcome: Outcome, now: _Collection, dispatcher: Dispatcher) -> None:
+        """Note a finished rollout, and judge the groups that are complete now."""
+        assert outcome.report is not None
+        self._note(outcome.report)
+        if outcome.episode.tag not in now.groups:
             self._totals.surplus += 1
+            self._forget(outcome)
             return
-        now.rewards[episode.tag].append(float(report.success))
-        verdict = self._ask(self._pool.add.remote(episode.tag, report, [outcome.reference]))
-        if verdict is None:
-            return
-        self._sampler.record(now.groups.pop(episode.tag), np.array(now.rewards[episode.tag]))
-        if verdict:
+        now.finished[outcome.episode.tag].append(outcome)
+        self._judge_complete(now, dispatcher)
+
+    def _judge_complete(self, now: _Collection, dispatcher: Dispatcher) -> None:
+        while not now.has_enough and (group := now.next_complete()) is not None:
+            self._judge(group, now)
+            if not now.has_enough:  # at once, so that the next group depends on the judged ones alone
+                self._refill(now, dispatcher)
+
+    def _judge(self, group: Group, now: _Collection) -> None:
+        """Hand a complete group to the pool, which accepts or rejects it."""
+        del now.groups[group.id]
+        members = sorted(now.finished.pop(group.id), key=lambda outcome: outcome.episode.context.seed)
+        rewards = np.array([float(member.report.success) for member in members if member.report is not None])
+        now.rewards += rewards.tolist()
+        self._sampler.record(group, rewards)
+        references = []
+        if is_kept(rewards, self._config.objective):
+            references = [self._reference(outcome) for outcome in members]
+        accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))
+        if accepted:
             now.accepted += 1
-        elif report.success:
+            return
+        if rewards.all():
             now.all_succeeded += 1
         else:
             now.all_failed += 1
+        for outcome in members:
+            self._forget(outcome)
 
-    def _give_up(self, outcome: Outcome, groups: dict[int, Group], dispatcher: Dispatcher) -> int:
+    def _reference(self, outcome: Outcome) -> Any:
+        """Of the trajectory; one that was played in an earlier session is read from its file."""
+        file = self._journal.episode_file(outcome.episode.number)
+        if outcome.reference is not None or file is None:
+            return outcome.reference
+        return ray.put(load_trajectory(file))
+
+    def _forget(self, outcome: Outcome) -> None:
+        """Leave only the record of an episode that nothing will be learnt from."""
+        file = self._journal.episode_file(outcome.episode.number)
+        if file is not None and not self._journal.replaying:
+            forget_trajectory(file)
+
+    def _give_up(self, outcome: Outcome, now: _Collection, dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""
         self._set_aside(outcome, dispatcher)
-        gone = [group_id for group_id, group in groups.items() if self._sampler.is_aside(group.contexts[0])]
+        gone = [group_id for group_id, group in now.groups.items() if self._sampler.is_aside(group.contexts[0])]
         for group_id in gone:
-            del groups[group_id]
-            self._ask(self._pool.discard.remote(group_id))
+            del now.groups[group_id], now.finished[group_id]
         return len(gone)
 
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
@@ -336,8 +470,6 @@ class Coordinator:
 
     def _note(self, report: EpisodeReport) -> None:
         totals = self._totals
-        if self._episodes_dir is not None:
-            save_episode(self._episodes_dir / f"{totals.episodes:06d}.safetensors", report.record)
         totals.episodes += 1
         totals.frames += report.frames
         totals.eager_frames += report.eager_frames
@@ -349,6 +481,20 @@ class Coordinator:
             self._done += 1
             if self._stage in self._finished:
                 self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
+
+
+def _read_rows(file: Path | None) -> list[dict[str, Any]]:
+    """The metrics of earlier sessions; a last line that was cut short is left out."""
+    if file is None or not file.exists():
+        return []
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    file.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The update and the sections of a row: there is one row of each."""
+    return row["update"], *sorted({name.partition("/")[0] for name in row if "/" in name})
 
 
 def _planned_work(config: Config, training: bool) -> dict[str, float]:

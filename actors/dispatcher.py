@@ -1,4 +1,7 @@
-"""Who plays which episode: one in flight per actor, and actors that die or hang are replaced."""
+"""Who plays which episode: one in flight per actor, and actors that die or hang are replaced.
+
+What the journal of the run already holds is not played again.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors.journal import Journal, recorded_report
 from actors.rollout import EpisodeReport
 from ript_ray.config import ScalingConfig
+from ript_ray.data.storage import load_trajectory
+from ript_ray.errors import UserError
 from ript_ray.types import Context, FrameJob
 
 _MAX_ATTEMPTS = 3
@@ -29,6 +35,8 @@ class Episode:
     context: Context
     guidance: float
     explore: float = 0.0
+    number: int = -1
+    """In the journal of the run; given by the dispatcher."""
     attempts: int = 0
     deadline: float = 0.0
 
@@ -41,7 +49,7 @@ class Outcome:
     report: EpisodeReport | None
     """None when it was given up."""
     reference: Any = None
-    """Of the trajectory."""
+    """Of the trajectory; None if it was played before the run was resumed."""
     reason: str = ""
     """Why it was given up."""
 
@@ -55,10 +63,12 @@ class Dispatcher:
         actors: handles of `RolloutActor`.
         scaling: its ``episode_timeout_s`` limits one episode, its ``wait_timeout_s`` the wait for lost actors when none
             is left.
+        journal: where outcomes are noted before they are handed on; none by default.
     """
 
-    def __init__(self, actors: list[Any], scaling: ScalingConfig) -> None:
+    def __init__(self, actors: list[Any], scaling: ScalingConfig, journal: Journal | None = None) -> None:
         self._actors = actors
+        self._journal = journal or Journal(None)
         self._idle = deque(actors)
         self._at: dict[Any, str] = {}
         """The task that an actor is at."""
@@ -71,6 +81,10 @@ class Dispatcher:
         self._restart_timeout_s = scaling.wait_timeout_s
         self._queue: deque[Episode] = deque()
         self._running: dict[Any, tuple[Any, Any, Episode]] = {}
+        self._finished: deque[Outcome] = deque()
+        """Not handed on yet."""
+        self._dropped: dict[int, Episode] = {}
+        """Dropped from the queue while earlier sessions are lived through again."""
         self._reasons: dict[Context, str] = {}
         """What an actor's watchdog said when it ended an episode."""
         self.errors: list[str] = []
@@ -78,6 +92,7 @@ class Dispatcher:
 
     def submit(self, episode: Episode) -> None:
         """Queue an episode and start it if an actor is free."""
+        episode.number = self._journal.next_number()
         self._queue.append(episode)
         self._start()
 
@@ -87,15 +102,21 @@ class Dispatcher:
 
     def drop(self, unwanted: Callable[[Episode], bool]) -> int:
         """Drop queued episodes that are unwanted. Returns how many."""
-        kept = deque(episode for episode in self._queue if not unwanted(episode))
-        dropped = len(self._queue) - len(kept)
-        self._queue = kept
-        return dropped
+        dropped = [episode for episode in self._queue if unwanted(episode)]
+        self._queue = deque(episode for episode in self._queue if not unwanted(episode))
+        if self._journal.replaying:  # some of them were being played then, and finished later
+            self._dropped |= {episode.number: episode for episode in dropped}
+        return len(dropped)
 
     @property
     def outstanding(self) -> int:
-        """Episodes queued or running."""
-        return len(self._queue) + len(self._running)
+        """Episodes queued, running, or finished and not handed on."""
+        return len(self._queue) + len(self._running) + len(self._finished)
+
+    @property
+    def starving(self) -> bool:
+        """Is there an actor that nothing is left to do for?"""
+        return not self._queue and any(actor not in self._rendering for actor in self._idle)
 
     def render(self, jobs: list[FrameJob]) -> list[Any]:
         """Have the actors make frames, in this order, before they play on; references in the order of the jobs.
@@ -111,37 +132,66 @@ class Dispatcher:
             references.append(reference)
         return references
 
-    def wait(self) -> list[Outcome]:
-        """Finished episodes, at least one unless none is outstanding; handles failures on the way.
+    def next(self) -> Outcome | None:
+        """The next episode that is finished, noted in the journal; None when none is outstanding.
 
         Raises:
             RuntimeError: when no actor is left.
         """
-        finished: list[Outcome] = []
-        while not finished and self.outstanding:
+        if self._journal.replaying:
+            return self._recall() if self._queue or self._dropped else None
+        while not self._finished and self.outstanding:
             self._check_that_somebody_plays()
-            done, _ = ray.wait([*self._running, *self._lost, *self._rendering.values()], timeout=1.0)
-            for reference in done:
-                if reference in self._lost:
-                    self._welcome_back(reference)
-                if reference not in self._running:
-                    continue
-                actor, trajectory_ref, episode = self._running.pop(reference)
-                try:
-                    report = ray.get(reference, timeout=self._timeout_s)
-                    finished.append(Outcome(episode, report, trajectory_ref))
-                    self._idle.append(actor)
-                except RayActorError as error:
-                    # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
-                    self._lost[actor.awake.options(max_task_retries=-1).remote()] = actor, episode
-                    self._at.pop(actor, None)
-                    finished += self._retry(episode, error)
-                except RayTaskError as error:
-                    self._idle.append(actor)
-                    finished += self._retry(episode, error)
-            self._end_overdue()
-            self._start()
-        return finished
+            self._wait()
+        if not self._finished:
+            return None
+        outcome = self._finished.popleft()
+        if outcome.report is None:
+            self._journal.given_up(outcome.episode.number, outcome.reason)
+        else:
+            self._journal.played(outcome.episode.number, outcome.report)
+        return outcome
+
+    def _wait(self) -> None:
+        """Wait a second for whatever comes first, and deal with it."""
+        done, _ = ray.wait([*self._running, *self._lost, *self._rendering.values()], timeout=1.0)
+        for reference in done:
+            if reference in self._lost:
+                self._welcome_back(reference)
+            if reference not in self._running:
+                continue
+            actor, trajectory_ref, episode = self._running.pop(reference)
+            try:
+                report = ray.get(reference, timeout=self._timeout_s)
+                self._finished.append(Outcome(episode, report, trajectory_ref))
+                self._idle.append(actor)
+            except RayActorError as error:
+                # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
+                self._lost[actor.awake.options(max_task_retries=-1).remote()] = actor, episode
+                self._at.pop(actor, None)
+                self._retry(episode, error)
+            except RayTaskError as error:
+                self._idle.append(actor)
+                self._retry(episode, error)
+        self._end_overdue()
+        self._start()
+
+    def _recall(self) -> Outcome:
+        """The next outcome of the journal, in the order in which they came; then the actors take over."""
+        entry = self._journal.take("played", "given_up")
+        asked = {episode.number: episode for episode in self._queue} | self._dropped
+        if entry is None or entry["number"] not in asked:
+            raise RuntimeError(
+                "the journal of the run does not fit its configuration, or another version of the program wrote it; "
+                "start anew, or go on from its newest checkpoint: train policy.checkpoint=RUN_DIR/checkpoints/NNNN"
+            )
+        episode = asked[entry["number"]]
+        if self._dropped.pop(episode.number, None) is None:
+            self._queue.remove(episode)
+        self._start()
+        if entry["kind"] == "given_up":
+            return Outcome(episode, None, reason=entry["reason"])
+        return Outcome(episode, recorded_report(entry, episode.context))
 
     def _welcome_back(self, reference: Any) -> None:
         actor, episode = self._lost.pop(reference)
@@ -149,10 +199,10 @@ class Dispatcher:
             reason = ray.get(reference, timeout=self._timeout_s)
             if reason:
                 self._reasons[episode.context] = reason
-                self.errors.append(f"{episode.context}: {reason}")
+                self._survived(f"{episode.context}: {reason}")
             self._idle.append(actor)
         except RayActorError as error:  # it cannot be started again; the others go on
-            self.errors.append(f"a rollout actor is gone for good: {error}")
+            self._survived(f"a rollout actor is gone for good: {error}")
 
     def _check_that_somebody_plays(self) -> None:
         if self._running or self._rendering:
@@ -162,41 +212,65 @@ class Dispatcher:
             raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 
     def _start(self) -> None:
+        if self._journal.replaying:
+            return
         if self._rendering:
             _, unfinished = ray.wait(list(self._rendering.values()), num_returns=len(self._rendering), timeout=0)
             self._rendering = {actor: last for actor, last in self._rendering.items() if last in unfinished}
-        free = [actor for actor in self._idle if actor not in self._rendering]
-        for actor in free[: len(self._queue)]:
+        for actor in [actor for actor in self._idle if actor not in self._rendering]:
             episode = self._next_for(actor)
+            if episode is None:
+                break
             self._idle.remove(actor)
             self._at[actor] = episode.context.env_id
             episode.attempts += 1
             episode.deadline = time.monotonic() + self._timeout_s
             report, trajectory = actor.collect.options(num_returns=2).remote(
-                episode.context, episode.guidance, episode.explore
+                episode.context, episode.guidance, episode.explore, self._journal.episode_file(episode.number)
             )
             self._running[report] = (actor, trajectory, episode)
 
-    def _next_for(self, actor: Any) -> Episode:
+    def _was_finished(self, episode: Episode) -> bool:
+        """Hand on what an actor wrote down before an earlier session ended, too late for the journal."""
+        file = self._journal.episode_file(episode.number)
+        if file is None or episode.attempts > 0 or not file.exists():
+            return False
+        try:
+            trajectory = load_trajectory(file)
+        except UserError:
+            return False
+        if trajectory.context != episode.context:
+            return False
+        self._finished.append(Outcome(episode, EpisodeReport.of(trajectory)))
+        return True
+
+    def _next_for(self, actor: Any) -> Episode | None:
         at = self._at.get(actor)
-        index = next((i for i, episode in enumerate(self._queue) if at in (None, episode.context.env_id)), 0)
-        episode = self._queue[index]
-        del self._queue[index]
-        return episode
+        while self._queue:
+            index = next((i for i, episode in enumerate(self._queue) if at in (None, episode.context.env_id)), 0)
+            episode = self._queue[index]
+            del self._queue[index]
+            if not self._was_finished(episode):
+                return episode
+        return None
 
     def _end_overdue(self) -> None:
         """A hung simulator cannot rescue itself: its process is killed, Ray starts it anew, the episode is retried."""
         for _, (actor, _, episode) in list(self._running.items()):
             if time.monotonic() > episode.deadline:
                 episode.deadline = float("inf")  # its reference fails shortly and is then retried by `wait`
-                self.errors.append(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
+                self._survived(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
                 ray.kill(actor, no_restart=False)
 
-    def _retry(self, episode: Episode, error: Exception) -> list[Outcome]:
+    def _retry(self, episode: Episode, error: Exception) -> None:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        self.errors.append(f"{episode.context}: {reason}")
+        self._survived(f"{episode.context}: {reason}")
         if episode.attempts < _MAX_ATTEMPTS:
             self._queue.appendleft(episode)
-            return []
-        known = self._reasons.get(episode.context, reason)
-        return [Outcome(episode, None, reason=f"failed {_MAX_ATTEMPTS} times: {known}")]
+        else:
+            known = self._reasons.get(episode.context, reason)
+            self._finished.append(Outcome(episode, None, reason=f"failed {_MAX_ATTEMPTS} times: {known}"))
+
+    def _survived(self, fault: str) -> None:
+        self._journal.fault(fault)
+        self.errors.append(fault)

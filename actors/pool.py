@@ -1,6 +1,6 @@
 """The sample pool: trajectories stay in the object store; here are only references, advantages and indices.
 
-Guarantees. A group is accepted or rejected exactly once, when its last rollout has arrived. `seal` fixes what a step
+Guarantees. A group is accepted or rejected exactly once, as a whole. `seal` fixes what a step
 may train on, after the sweep that drops everything older than ``max_staleness`` versions: nothing stale gets past it.
 No frame is asked for that no window of a sealed step needs, hence none of a rejected group, and none twice.
 `next_shard` serves a sealed step, so every rank gets the same number of steps and a restarted learner the same answer.
@@ -53,9 +53,7 @@ class SamplePool:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._pending: dict[int, list[tuple[EpisodeReport, Any]]] = {}
         self._samples: dict[int, _Sample] = {}
-        self._next_id = 0
         self._sealed: dict[int, Shard] = {}
         self._sealing: tuple[Shard, list[tuple[int, int]]]
         """The step that is being sealed, and which of its windows have no frame of their trajectory's own."""
@@ -69,33 +67,24 @@ class SamplePool:
     def __repr__(self) -> str:
         return "SamplePool"
 
-    async def add(self, group: int, report: EpisodeReport, reference: list[Any]) -> list[int] | None:
-        """Add one rollout of a group; ``reference`` is a list of one, so that the trajectory is not fetched here.
+    async def add(self, group: int, reports: list[EpisodeReport], references: list[Any]) -> bool:
+        """Add the rollouts of a group; accepted if they differ in their outcomes.
 
-        Returns:
-            None while the group is incomplete; then the identifiers of its samples, empty when it was rejected.
+        Args:
+            group: its number; identifiers of samples follow from it.
+            reports: of its ``sampling.group_size`` rollouts.
+            references: of their trajectories, in the same order; not needed of a group that is rejected.
         """
-        members = self._pending.setdefault(group, [])
-        members.append((report, reference[0]))
-        if len(members) < self._config.sampling.group_size:
-            return None
-        del self._pending[group]
-        rewards = np.array([float(member.success) for member, _ in members])
+        rewards = np.array([float(report.success) for report in reports])
         if not is_kept(rewards, self._config.objective):
             self._count.rejected += 1
-            return []
+            return False
         self._count.accepted += 1
-        identifiers = []
-        for (member, ref), advantage in zip(members, leave_one_out(rewards), strict=True):
-            self._samples[self._next_id] = _Sample(member, ref, float(advantage))
-            self._count.stored_bytes += member.nbytes
-            identifiers.append(self._next_id)
-            self._next_id += 1
-        return identifiers
-
-    async def discard(self, group: int) -> None:
-        """Forget an incomplete group whose remaining rollouts were cancelled."""
-        self._pending.pop(group, None)
+        members = zip(reports, references, leave_one_out(rewards), strict=True)
+        for identifier, (report, reference, advantage) in enumerate(members, group * len(reports)):
+            self._samples[identifier] = _Sample(report, reference, float(advantage))
+            self._count.stored_bytes += report.nbytes
+        return True
 
     async def seal(self, step: int) -> list[FrameJob]:
         """Fix the samples of ``step``, which makes weights version ``step + 1`` from version ``step``.
@@ -105,6 +94,7 @@ class SamplePool:
             said who makes them, at once when there are none.
         """
         self._sweep(step)
+        self._samples = dict(sorted(self._samples.items()))  # whichever finished first
         config, train = self._config, self._config.train
         windows = np.array(
             [(i, start) for i, sample in self._samples.items() for start in self._starts(sample.report)], dtype=np.int32
@@ -137,7 +127,7 @@ class SamplePool:
         """The frames of the step that was sealed last are being made; each reference may not be there yet.
 
         Args:
-            jobs: as `seal` returned them.
+            jobs: as `seal` returned them, or none for a step that nobody will train on.
             references: of the frames of each job.
         """
         for job, reference in zip(jobs, references, strict=True):
@@ -147,7 +137,7 @@ class SamplePool:
                 self._count.frames += report.cameras * len(batch.keys)
             self._rendered |= dict.fromkeys(batch.keys, batch)
         whole, keys = self._sealing
-        needed = dict.fromkeys(self._rendered[key] for key in keys)
+        needed = dict.fromkeys(self._rendered[key] for key in keys if key in self._rendered)
         self._sealed[whole.step] = replace(whole, rendered=tuple(needed))
         for old in [s for s in self._sealed if s < whole.step - 1]:
             del self._sealed[old]

@@ -43,8 +43,6 @@ class EpisodeReport:
     cameras: int
     weights_wait_s: float
     """Time spent pulling newer weights before the episode."""
-    record: EpisodeRecord
-    """What it takes to play the episode again."""
 
     @property
     def eager_frames(self) -> int:
@@ -52,7 +50,7 @@ class EpisodeReport:
         return self.cameras * (self.length + 1)
 
     @classmethod
-    def of(cls, trajectory: Trajectory, max_steps: int, frames: int = 0, weights_wait_s: float = 0.0) -> EpisodeReport:
+    def of(cls, trajectory: Trajectory, weights_wait_s: float = 0.0) -> EpisodeReport:
         """The report of a trajectory."""
         return cls(
             context=trajectory.context,
@@ -62,10 +60,9 @@ class EpisodeReport:
             frame_steps=trajectory.frame_steps,
             nbytes=trajectory.nbytes,
             seconds=trajectory.seconds,
-            frames=frames,
+            frames=trajectory.frames_rendered,
             cameras=int(trajectory.frames.shape[1]),
             weights_wait_s=weights_wait_s,
-            record=EpisodeRecord.of(trajectory, max_steps),
         )
 
 
@@ -105,8 +102,11 @@ class RolloutActor:
     def __repr__(self) -> str:
         return f"RolloutActor{self._index}"
 
-    def collect(self, context: Context, guidance: float, explore: float) -> tuple[EpisodeReport, Trajectory]:
-        """Play one episode with the newest weights. Call with ``num_returns=2``."""
+    def collect(
+        self, context: Context, guidance: float, explore: float, file: Path | None
+    ) -> tuple[EpisodeReport, Trajectory]:
+        """Play one episode with the newest weights and write it to ``file``. Call with ``num_returns=2``."""
+        from ript_ray.data.storage import save_episode
         from ript_ray.rollout import play
 
         started = time.perf_counter()
@@ -124,9 +124,10 @@ class RolloutActor:
             guidance=guidance,
             explore=explore,
         )
-        rendered = world.frames_rendered - frames
-        report = EpisodeReport.of(trajectory, world.max_steps, rendered, waited)
-        return report, trajectory
+        trajectory.frames_rendered = world.frames_rendered - frames
+        if file is not None:  # before anyone hears of it: what is finished is not lost
+            save_episode(file, EpisodeRecord.of(trajectory, world.max_steps), trajectory)
+        return EpisodeReport.of(trajectory, waited), trajectory
 
     def render(self, job: FrameJob) -> np.ndarray:
         """The frames of a job, in the order of its keys: uint8[n, C, H, W, 3]."""

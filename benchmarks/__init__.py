@@ -10,15 +10,16 @@ from ript_ray.errors import UserError, nearest
 
 
 def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
-    """Run the benchmark of one subject (``env``, ``learner``, ``memory`` or ``objectives``) and print its figures.
+    """Run one benchmark (``env``, ``faults``, ``learner``, ``memory`` or ``objectives``) and print its figures.
 
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import env, learner, objectives
+    from benchmarks import env, faults, learner, objectives
 
     benchmarks = {
         "env": env.measure,
+        "faults": faults.measure,
         "learner": learner.measure_speed,
         "memory": learner.measure_memory,
         "objectives": objectives.measure,

@@ -152,8 +152,10 @@ def _through_ray(config: Config, trajectories: list[Trajectory], updates: int) -
     size = config.sampling.group_size
     config = config.model_copy(update={"train": config.train.model_copy(update={"updates": updates})})
     pool, recorder = spawn(SamplePool, config), spawn(Recorder)
-    for i, trajectory in enumerate(trajectories):
-        ray.get(pool.add.remote(i // size, EpisodeReport.of(trajectory, max_steps=STEPS), [ray.put(trajectory)]))
+    for group, first in enumerate(range(0, len(trajectories), size)):
+        members = trajectories[first : first + size]
+        reports = [EpisodeReport.of(trajectory) for trajectory in members]
+        ray.get(pool.add.remote(group, reports, [ray.put(trajectory) for trajectory in members]))
     policy = make_policy(config.env.image_size)
     ray.get(pool.seal.remote(0))
     with tempfile.TemporaryDirectory() as folder:

@@ -75,11 +75,10 @@ class _Players:
         for context in contexts:
             dispatcher.submit(Episode(0, context, guidance, explore))
         played = {}
-        while dispatcher.outstanding:
-            for outcome in dispatcher.wait():
-                if outcome.report is None:
-                    raise RuntimeError(f"{outcome.episode.context} failed: {outcome.reason}")
-                played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
+        while (outcome := dispatcher.next()) is not None:
+            if outcome.report is None:
+                raise RuntimeError(f"{outcome.episode.context} failed: {outcome.reason}")
+            played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
         return [played[context] for context in contexts]
 
 

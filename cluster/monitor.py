@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,13 +16,12 @@ log = logging.getLogger("ript_ray")
 
 
 class Monitor:
-    """The progress bar, ``metrics.jsonl`` and MLflow, fed once a second from the coordinator."""
+    """The progress bar, the log and MLflow, fed once a second from the coordinator."""
 
-    def __init__(self, coordinator: Any, run_dir: Path, tracker: Tracker | None) -> None:
+    def __init__(self, coordinator: Any, tracker: Tracker | None) -> None:
         self.rows: list[dict[str, Any]] = []
         self._coordinator = coordinator
         self._tracker = tracker
-        self._metrics = run_dir / "metrics.jsonl"
         self._collecting: Any = None
         self._pool: Any = None
         self._failure: Exception | None = None
@@ -55,17 +53,8 @@ class Monitor:
             self._poll()
 
     def _poll(self) -> None:
-        state = ray.get(self._coordinator.progress.remote(len(self.rows)), timeout=60)
-        for row in state["rows"]:
-            self.rows.append(row)
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
-            if self._tracker is not None:
-                self._tracker.log(row)
-        self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
-        self._bar.n = round(state["fraction"], 4)
-        self._bar.refresh()
+        with contextlib.suppress(ray.exceptions.RayError):  # of a lost coordinator, which `collecting` tells
+            self._show(ray.get(self._coordinator.progress.remote(len(self.rows)), timeout=60))
         if self._collecting is not None and ray.wait([self._collecting], timeout=0)[0]:
             collecting, self._collecting = self._collecting, None
             try:
@@ -73,3 +62,13 @@ class Monitor:
             except Exception as error:  # handed to the main thread, which raises it
                 self._failure = error
                 ray.kill(self._pool)
+
+    def _show(self, state: dict[str, Any]) -> None:
+        for row in state["rows"]:
+            self.rows.append(row)
+            log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
+            if self._tracker is not None:
+                self._tracker.log(row)
+        self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
+        self._bar.n = round(state["fraction"], 4)
+        self._bar.refresh()

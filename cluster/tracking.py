@@ -11,14 +11,24 @@ from typing import Any
 
 
 class Tracker:
-    """Logs rows of metrics to the active MLflow run."""
+    """Logs rows of metrics to the active MLflow run.
+
+    Args:
+        run_id: of that run.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
 
     def log(self, row: dict[str, Any]) -> None:
-        """Log the numbers of a row at its update."""
+        """Log the numbers of a row at its update, unless they are there, from before the run was resumed."""
         import mlflow
 
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k not in ("time", "update")}
-        mlflow.log_metrics(numbers, step=int(row.get("update", 0)))
+        step = int(row.get("update", 0))
+        known = mlflow.MlflowClient().get_metric_history(self._run_id, next(iter(numbers)))
+        if not any(metric.step == step for metric in known):
+            mlflow.log_metrics(numbers, step=step)
 
     def artifacts(self, run_dir: Path) -> None:
         """Log the run's files: configuration, summary, pictures, videos and the final policy."""
@@ -33,11 +43,11 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[str, Any]]) -> Iterator[Tracker]:
-    """An MLflow run around a job.
+    """An MLflow run around a job; the same one again when the job is resumed.
 
     Args:
         uri: tracking server or store; by default an SQLite file next to the run directory.
-        run_dir: names the run.
+        run_dir: names the run, and keeps its identifier in ``mlflow-run``.
         name: the experiment.
         settings: the configuration, logged as parameters.
     """
@@ -54,6 +64,12 @@ def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict
         identifier = mlflow.create_experiment(name, artifact_location=artifacts)
     else:
         identifier = experiment.experiment_id
-    with mlflow.start_run(experiment_id=identifier, run_name=run_dir.name):
-        mlflow.log_params({f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()})
-        yield Tracker()
+    marker = run_dir / "mlflow-run"
+    begun = marker.read_text().strip() if marker.exists() else None
+    with mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name) as run:
+        if begun is None:
+            marker.write_text(run.info.run_id + "\n")
+            mlflow.log_params(
+                {f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()}
+            )
+        yield Tracker(run.info.run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,11 +16,12 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
+from safetensors.torch import save_file
 
-from learner.update import Step, update
+from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
-from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, save_policy, to_publish
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, load_policy, save_policy, to_publish
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
 
@@ -30,6 +32,9 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
 }
+
+_UNAVERAGED = "unaveraged-{:04d}"
+"""Folder beside an update's checkpoint, of the weights that training goes on from where they are not those that act."""
 
 
 def learner_group(
@@ -94,11 +99,16 @@ def train_loop(settings: dict[str, Any]) -> None:
     anchored = config.train.anchor > 0
     anchor = build_policy(settings["description"], start).to(device).requires_grad_(False) if anchored else None
     memory = PeakMemory()
+    run_dir = Path(settings["run_dir"])
+    checkpoints = run_dir / "checkpoints"
     first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
     if published is not None:  # the group was restarted: the updates so far are done
         first, (newest,) = published
         policy.load_state_dict({name: torch.tensor(array) for name, array in ray.get(newest, timeout=limit).items()})
+        unaveraged = checkpoints / _UNAVERAGED.format(first)
+        if unaveraged.exists():
+            policy.load_state_dict(load_policy(unaveraged).state_dict())
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -116,11 +126,13 @@ def train_loop(settings: dict[str, Any]) -> None:
         if config.train.restart:
             policy.load_state_dict(start)
         frames = RenderedFrames(shard.rendered, limit)
-        acting, diagnostics = _learn(policy, anchor, shard, frames, config, rank, coordinator, memory)
+        acting, diagnostics = _learn(policy, anchor, shard, frames, config, rank, coordinator, memory, run_dir)
         busy = time.perf_counter() - began
         if rank == 0:
             arrays, sha256 = to_publish(acting)
-            folder = Path(settings["run_dir"]) / "checkpoints" / f"{step + 1:04d}"
+            folder = checkpoints / f"{step + 1:04d}"
+            if acting is not policy and not config.train.restart:
+                save_policy(checkpoints / _UNAVERAGED.format(step + 1), policy)
             save_policy(folder, acting, about={"update": step + 1})
             published = store.publish.remote(step + 1, arrays, sha256)
             ray.get(published, timeout=limit)
@@ -142,8 +154,13 @@ def _learn(
     rank: int,
     coordinator: Any,
     memory: PeakMemory,
+    run_dir: Path,
 ) -> tuple[FlowPolicy, dict[str, float]]:
-    """One update on one shard, see `update`; nothing to do when no group was mixed."""
+    """One update on one shard, see `update`; nothing to do when no group was mixed.
+
+    Raises:
+        RuntimeError: when a NaN or an infinity turned up; it names the file with the samples of the step.
+    """
     trajectories = _Trajectories(shard.trajectories, config.scaling.wait_timeout_s)
     steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
     if not steps:
@@ -158,8 +175,22 @@ def _learn(
         if rank == 0:
             coordinator.learning.remote(shard.step, index, len(steps))
 
-    acting, diagnostics = update(policy, steps, config.train, config.objective, generator, on_step, anchor)
+    try:
+        acting, diagnostics = update(policy, steps, config.train, config.objective, generator, on_step, anchor)
+    except NonFinite as error:
+        file = run_dir / "faults" / f"update-{shard.step + 1}-rank-{rank}.safetensors"
+        save_batch(file, [load() for load in steps[error.step].micro_batches])
+        raise RuntimeError(f"update {shard.step + 1}, {error}; the samples of this step are in {file}") from error
     return acting, {"steps": float(len(steps))} | diagnostics
+
+
+def save_batch(file: Path, batches: Sequence[Batch]) -> None:
+    """Write the tensors of micro-batches to a safetensors file, by name and number."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    names = ("frames", "states", "actions", "valid", "advantages", "weights")
+    tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in names}
+    instructions = json.dumps([batch.instructions for batch in batches])
+    save_file(tensors, file, metadata={"instructions": instructions})
 
 
 def plan_steps(

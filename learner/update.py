@@ -31,7 +31,16 @@ class Step:
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient became NaN or infinite; the weights were not touched by it."""
+    """A loss or gradient became NaN or infinite; the weights were not touched by it.
+
+    Args:
+        step: index of the optimiser step.
+        message: what was found and what to try.
+    """
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(slots=True)
@@ -103,8 +112,9 @@ def update(
         norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFinite(
+                index,
                 f"step {index}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; try a lower train.lr "
-                f"(now {train.lr}) or train.precision=float32"
+                f"(now {train.lr}) or train.precision=float32",
             )
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)

@@ -231,6 +231,8 @@ class ScalingConfig(_Section):
     """An actor that has more memory for itself is killed and started again."""
     episode_timeout_s: float = Field(default=300.0, gt=0.0)
     """An actor that takes longer for one episode is killed and started again."""
+    max_restarts: int = Field(default=2, ge=0)
+    """How often all processes start again after a failure, while nothing new is played or learnt in between."""
     wait_timeout_s: float = Field(default=1800.0, gt=0.0)
     """Longest wait between processes (for samples, for weights) before the run ends with an error."""
 
@@ -262,7 +264,7 @@ class SftConfig(_Section):
 
 
 class BenchConfig(_Section):
-    """What ``bench objectives`` compares."""
+    """What ``bench objectives`` compares and ``bench faults`` disturbs."""
 
     objectives: tuple[str, ...] = ()
     """Names in ``benchmarks/objectives.py``; all by default."""
@@ -270,6 +272,8 @@ class BenchConfig(_Section):
     """Runs of each, with seeds from ``run.seed`` on."""
     rounds: int = Field(default=1, ge=1)
     """Rollouts and updates in each run."""
+    injections: int = Field(default=100, ge=1)
+    """Faults that ``bench faults`` injects."""
 
 
 class Config(_Section):
@@ -347,8 +351,10 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
             raise UserError(f"--config {file}: no such file; {nearest(str(file), shipped) if shipped else ''}")
         try:
             values = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # what is no UTF-8 is a ValueError
             raise UserError(f"--config {file}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"--config {file}: expected sections such as 'train: {{updates: 3}}', found {values!r}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -392,7 +398,9 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    values.setdefault(section, {})[name] = value
+    if not isinstance(values.setdefault(section, {}), dict):
+        raise UserError(f"{section}={values[section]!r}: expected keys and values, as {key} is one")
+    values[section][name] = value
 
 
 def _explain(detail: Any) -> str:

@@ -72,6 +72,8 @@ class Trajectory:
     """The stochastic step of each look's chunk, if there was one (see `ChainStep`): [n, …] by field."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time spent in ``physics``, ``render`` and ``inference``."""
+    frames_rendered: int = 0
+    """Images that were rendered while it was played."""
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -81,10 +81,9 @@ def play(dispatcher: Dispatcher, env_id: str) -> list[Trajectory]:
     for context in contexts:
         dispatcher.submit(Episode(0, context, guidance=1.0))
     played: dict[Context, Trajectory] = {}
-    while dispatcher.outstanding:
-        for outcome in dispatcher.wait():
-            assert outcome.report is not None, outcome.reason
-            played[outcome.episode.context] = ray.get(outcome.reference)
+    while (outcome := dispatcher.next()) is not None:
+        assert outcome.report is not None, outcome.reason
+        played[outcome.episode.context] = ray.get(outcome.reference)
     return [played[context] for context in contexts]
 
 
@@ -160,7 +159,7 @@ def test_rollouts_of_an_update_end_by_quota_or_budget(
     (row,) = (row for row in ray.get(coordinator.progress.remote(0))["rows"])
     assert totals["collections_ended_by"] == {ended_by: 1}
     assert accepted is None or row["rollout/groups_accepted"] == accepted
-    assert row["rollout/groups_accepted"] + row["rollout/groups_cancelled"] <= config.sampling.max_groups
+    assert row["rollout/groups_accepted"] + row["rollout/groups_open"] <= config.sampling.max_groups
     for handle in (actor, pool, coordinator):
         ray.kill(handle)
 

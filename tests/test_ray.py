@@ -34,27 +34,24 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def add_group(pool: Any, group: int, outcomes: list[bool], version: int = 0, length: int = 70) -> list[int] | None:
+def add_group(pool: Any, group: int, outcomes: list[bool], version: int = 0, length: int = 70) -> bool:
     """Add one group of random trajectories and return the pool's verdict."""
-    verdict = None
-    for k, outcome in enumerate(outcomes):
-        trajectory = make_trajectory(length, outcome, version, seed=group * 10 + k)
-        report = EpisodeReport.of(trajectory, max_steps=length)
-        verdict = ray.get(pool.add.remote(group, report, [ray.put(trajectory)]))
-    return verdict
+    members = [make_trajectory(length, outcome, version, seed=group * 10 + k) for k, outcome in enumerate(outcomes)]
+    reports = [EpisodeReport.of(trajectory) for trajectory in members]
+    accepted: bool = ray.get(pool.add.remote(group, reports, [ray.put(trajectory) for trajectory in members]))
+    return accepted
 
 
 def test_uniform_groups_are_rejected_and_mixed_ones_carry_their_advantages(tiny_config: Config) -> None:
     pool = SamplePool.remote(tiny_config)
-    assert add_group(pool, 0, [True] * 4) == []
-    assert add_group(pool, 1, [False] * 4) == []
-    assert add_group(pool, 2, [True, False, False]) is None
-    assert add_group(pool, 3, [True, False, False, False]) == [0, 1, 2, 3]
+    assert not add_group(pool, 0, [True] * 4)
+    assert not add_group(pool, 1, [False] * 4)
+    assert add_group(pool, 3, [True, False, False, False])
     ray.get(pool.seal.remote(0))
     shard = ray.get(pool.next_shard.remote(0, 0, 1, 5.0))
-    assert shard.advantages == pytest.approx({0: 1.0, 1: -1 / 3, 2: -1 / 3, 3: -1 / 3})
+    assert shard.advantages == pytest.approx({12: 1.0, 13: -1 / 3, 14: -1 / 3, 15: -1 / 3})
     # 70 steps have 21 windows; the policy looked at steps 0, 10, 20 of them.
-    assert sorted(map(tuple, shard.windows.tolist())) == [(i, s) for i in range(4) for s in (0, 10, 20)]
+    assert sorted(map(tuple, shard.windows.tolist())) == [(i, s) for i in range(12, 16) for s in (0, 10, 20)]
     assert ray.get(pool.stats.remote())["groups"] == {"accepted": 1, "rejected": 2}
 
 
@@ -107,12 +104,11 @@ def play_all(dispatcher: Dispatcher, seeds: list[int]) -> dict[int, Trajectory]:
     for seed in seeds:
         dispatcher.submit(Episode(0, Context("libero_object/0", 1, seed), guidance=1.0))
     played = {}
-    while dispatcher.outstanding:
-        for outcome in dispatcher.wait():
-            assert outcome.report is not None
-            seed = outcome.episode.context.seed
-            played[seed] = ray.get(outcome.reference)
-            assert outcome.report.length == len(played[seed])
+    while (outcome := dispatcher.next()) is not None:
+        assert outcome.report is not None
+        seed = outcome.episode.context.seed
+        played[seed] = ray.get(outcome.reference)
+        assert outcome.report.length == len(played[seed])
     return played
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
@@ -23,43 +24,62 @@ _RECORD_ARRAYS = ("actions", "state_hashes")
 
 
 def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dict[str, object]) -> None:
-    """Write trajectories and a JSON description of how they were made to one file."""
+    """Write trajectories and a JSON description of how they were made to one file, complete or not at all."""
     tensors: dict[str, np.ndarray] = {}
     records = []
     for i, trajectory in enumerate(trajectories):
-        for name in _ARRAYS:
-            value = getattr(trajectory, name)
-            if value is not None:
-                tensors[f"{i}.{name}"] = np.ascontiguousarray(value)
-        for group in _GROUPS:
-            for name, value in getattr(trajectory, group).items():
-                tensors[f"{i}.{group}.{name}"] = np.ascontiguousarray(value)
-        plain = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name not in _ARRAYS + _GROUPS}
-        records.append(plain | {"context": asdict(trajectory.context)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"trajectories": json.dumps(records), "about": json.dumps(about)})
+        arrays, plain = _pack(trajectory)
+        tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
+        records.append(plain)
+    _save(path, tensors, {"trajectories": json.dumps(records), "about": json.dumps(about)})
 
 
-def save_episode(path: Path, record: EpisodeRecord) -> None:
-    """Write the record of one episode, with the versions that shaped it; a few kilobytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_episode(path: Path, record: EpisodeRecord, trajectory: Trajectory | None = None) -> None:
+    """Write the record of one episode, with the versions that shaped it; a few kilobytes.
+
+    The file appears complete or not at all.
+
+    Args:
+        path: of the file.
+        record: what it takes to play it again.
+        trajectory: all of it, to be trained on after a restart; some hundred kilobytes.
+    """
     plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in _RECORD_ARRAYS}
     about = plain | {"context": asdict(record.context), "versions": simulator_versions()}
+    metadata = {"episode": json.dumps(about)}
     tensors = {name: np.ascontiguousarray(getattr(record, name)) for name in _RECORD_ARRAYS}
-    save_file(tensors, path, metadata={"episode": json.dumps(about)})
+    if trajectory is not None:
+        arrays, rest = _pack(trajectory)
+        tensors |= arrays
+        metadata["trajectory"] = json.dumps(rest)
+    _save(path, tensors, metadata)
 
 
 def load_episode(path: Path) -> tuple[EpisodeRecord, dict[str, str]]:
-    """What `save_episode` wrote: the record, and the versions that shaped it.
+    """The record that `save_episode` wrote, and the versions that shaped it.
 
     Raises:
         UserError: when the file is missing, damaged or not such a file.
     """
-    with _opened(path, "episode", "runs leave theirs in RUN_DIR/episodes") as file:
-        about = json.loads(file.metadata()["episode"])
+    with _opened(path, "episode", "runs leave theirs in RUN_DIR/episodes") as (tensors, about):
         versions = about.pop("versions")
-        arrays = {name: file.get_tensor(name) for name in _RECORD_ARRAYS}
+        arrays = {name: tensors[name] for name in _RECORD_ARRAYS}
         return EpisodeRecord(**(about | {"context": Context(**about["context"])} | arrays)), versions
+
+
+def load_trajectory(path: Path) -> Trajectory:
+    """The whole trajectory that `save_episode` wrote.
+
+    Raises:
+        UserError: when the file is missing, damaged or holds only a record.
+    """
+    with _opened(path, "trajectory", "a run that lacks it cannot be resumed") as (tensors, plain):
+        return _unpack(tensors, "", plain)
+
+
+def forget_trajectory(path: Path) -> None:
+    """Leave of an episode's file only its record."""
+    save_episode(path, load_episode(path)[0])
 
 
 def simulator_versions() -> dict[str, str]:
@@ -74,29 +94,63 @@ def load_trajectories(path: Path) -> list[Trajectory]:
     Raises:
         UserError: when the file is missing, damaged or not such a file.
     """
-    with _opened(path, "trajectories", f"make some with: python launch.py demos data.demos={path}") as file:
-        present = set(file.keys())
-        loaded = []
-        for i, record in enumerate(json.loads(file.metadata()["trajectories"])):
-            arrays = {n: file.get_tensor(f"{i}.{n}") if f"{i}.{n}" in present else None for n in _ARRAYS}
-            groups: dict[str, Any] = {
-                g: {n.split(".")[2]: file.get_tensor(n) for n in present if n.startswith(f"{i}.{g}.")} for g in _GROUPS
-            }
-            context = Context(**record["context"])
-            loaded.append(Trajectory(**(record | {"context": context} | arrays | groups)))
-    return loaded
+    hint = f"make some with: python launch.py demos data.demos={path}"
+    with _opened(path, "trajectories", hint) as (tensors, records):
+        return [_unpack(tensors, f"{i}.", plain) for i, plain in enumerate(records)]
+
+
+def _pack(trajectory: Trajectory) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and the rest as plain values."""
+    arrays = {name: getattr(trajectory, name) for name in _ARRAYS if getattr(trajectory, name) is not None}
+    for group in _GROUPS:
+        arrays |= {f"{group}.{name}": value for name, value in getattr(trajectory, group).items()}
+    plain = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name not in _ARRAYS + _GROUPS}
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    return contiguous, plain | {"context": asdict(trajectory.context)}
+
+
+def _unpack(tensors: dict[str, np.ndarray], prefix: str, plain: dict[str, Any]) -> Trajectory:
+    own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    values: dict[str, Any] = {name: own[name] for name in _ARRAYS if name in own}
+    for group in _GROUPS:
+        values[group] = {n.removeprefix(f"{group}."): own[n] for n in own if n.startswith(f"{group}.")}
+    return Trajectory(**(plain | {"context": Context(**plain["context"])} | values))
+
+
+def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.partial")
+    save_file(tensors, staging, metadata=metadata | {_DIGEST: _digest(tensors, metadata)})
+    staging.replace(path)
 
 
 @contextlib.contextmanager
-def _opened(path: Path, key: str, hint: str) -> Iterator[Any]:
-    """A safetensors file with ``key`` in its metadata, or an error that ends with the hint."""
+def _opened(path: Path, key: str, hint: str) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """The arrays of a safetensors file and what its metadata has under ``key``, or an error that ends with the hint."""
     if not path.is_file():
         raise UserError(f"no {key} at {path}; {hint}")
     try:
-        opened = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); {hint}") from error
-    with opened as file:
-        if key not in (file.metadata() or {}):
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if key not in metadata:
             raise UserError(f"{path} holds no {key}; {hint}")
-        yield file
+        written = metadata.pop(_DIGEST, None)
+        if written is not None and written != _digest(tensors, metadata):
+            raise ValueError("its content is not what was written")
+        yield tensors, json.loads(metadata[key])
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); {hint}") from error
+
+
+_DIGEST = "sha256"
+
+
+def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of the arrays, and of the metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -26,13 +26,10 @@ def save_policy(folder: Path, policy: FlowPolicy, about: Mapping[str, object] | 
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.partial")
     staging.mkdir(exist_ok=True)
-    save_file(cpu_weights(policy), staging / "model.safetensors")
-    description = {
-        "type": "flow",
-        "config": asdict(policy.config),
-        "transform": policy.transform.to_json(),
-        "about": dict(about or {}),
-    }
+    weights = cpu_weights(policy)
+    save_file(weights, staging / "model.safetensors")
+    description = {"type": "flow", **describe(policy), "about": dict(about or {})}
+    description["sha256"] = _fingerprint(description, weights)
     (staging / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
     if folder.exists():
         for file in staging.iterdir():
@@ -46,7 +43,8 @@ def load_policy(folder: Path) -> FlowPolicy:
     """Read a policy in evaluation mode.
 
     Raises:
-        UserError: when a file is missing or damaged, or a tensor missing, unknown or misshapen. Never random weights.
+        UserError: when a file is missing or damaged (by its SHA-256, too), or a tensor missing, unknown or misshapen.
+            Never random weights.
     """
     for name in ("policy.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -58,12 +56,33 @@ def load_policy(folder: Path) -> FlowPolicy:
         description = json.loads((folder / "policy.json").read_text())
         if description["type"] != "flow":
             raise UserError(f"policy.checkpoint={str(folder)!r}: unknown type {description['type']!r}; valid: 'flow'")
-        return build_policy(description, load_file(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        weights = load_file(folder / "model.safetensors")
+        if description.get("sha256", "") != _fingerprint(description, weights):
+            raise ValueError("its sha256 is not the one that was written")
+        return build_policy(description, weights)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"policy.checkpoint={str(folder)!r} cannot be read ({type(error).__name__}: {error}); a file is damaged or "
             "of another version: copy it again, or make a new one with 'python launch.py sft'"
         ) from error
+
+
+def newest_policy(folder: Path) -> tuple[int, FlowPolicy | None, list[str]]:
+    """The newest whole checkpoint of a run.
+
+    Args:
+        folder: a run's ``checkpoints``, with folders named by update.
+
+    Returns:
+        Its update and the policy, or 0 and None when there is none; and what is wrong with newer ones.
+    """
+    damaged: list[str] = []
+    for path in sorted(folder.glob("[0-9]*"), reverse=True):
+        try:
+            return int(path.name), load_policy(path), damaged
+        except UserError as error:
+            damaged.append(str(error))
+    return 0, None, damaged
 
 
 def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> FlowPolicy:
@@ -110,6 +129,13 @@ def weights_sha256(weights: Weights) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fingerprint(description: Mapping[str, Any], weights: Weights) -> str:
+    """SHA-256 of all that a folder holds."""
+    plain = {name: value for name, value in description.items() if name != "sha256"}
+    content = json.dumps(plain, sort_keys=True) + weights_sha256(weights)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _shipped_example() -> str:

@@ -1,0 +1,147 @@
+"""The journal of a run: what happened, in order, one JSON line each. To resume is to live through it again.
+
+Everything that the coordinator decides follows from its configuration and from what came back to it: outcomes of
+episodes, and the moments at which a collection ended. Both are written down before they count. A resumed run takes
+the same way as the first, with outcomes from here in the place of actors that play, until the journal ends; from there
+on it goes on by itself. Skip lists, open groups, accepted samples and counters need no snapshots of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections import deque
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from actors.rollout import EpisodeReport
+from ript_ray.errors import UserError
+from ript_ray.types import Context
+
+_NAME = "journal.jsonl"
+_LOCK_TIMEOUT_S = 60.0
+
+
+class Journal:
+    """Appends to ``journal.jsonl`` of a run directory; what was there before is to be lived through first.
+
+    Args:
+        run_dir: of the run; None keeps nothing.
+
+    Raises:
+        UserError: when a line other than the last cannot be read, or another process goes on writing.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._file = None if run_dir is None else run_dir / _NAME
+        self.episodes = None if run_dir is None else run_dir / "episodes"
+        """Folder of the recorded episodes."""
+        self.sessions = 1
+        """How often the run was started, this time included."""
+        self.faults: list[str] = []
+        """That earlier sessions survived."""
+        self._past: deque[dict[str, Any]] = deque()
+        self._number = 0
+        self.seconds_before = 0.0
+        """Length of earlier sessions."""
+        if self._file is None:
+            return
+        self._out = self._file.open("a")
+        _lock(self._out)
+        began = 0.0
+        for entry in _read(self._file):
+            self.seconds_before += max(0.0, entry["time"] - began) if entry["kind"] != "session" else 0.0
+            began = entry["time"]
+            if entry["kind"] == "session":
+                self.sessions += 1
+            elif entry["kind"] == "fault":
+                self.faults.append(entry["text"])
+            else:
+                self._past.append(entry)
+        self._write("session")
+
+    @property
+    def replaying(self) -> bool:
+        """Is there anything left of earlier sessions?"""
+        return bool(self._past)
+
+    def next_number(self) -> int:
+        """The number of the next episode that is asked for."""
+        self._number += 1
+        return self._number - 1
+
+    def episode_file(self, number: int) -> Path | None:
+        """Where an episode is recorded."""
+        return None if self.episodes is None else self.episodes / f"{number:06d}.safetensors"
+
+    def played(self, number: int, report: EpisodeReport) -> None:
+        """Note that an episode was played."""
+        plain = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("context", "frame_steps")}
+        self._write("played", number=number, report=plain, steps=report.frame_steps.tolist())
+
+    def given_up(self, number: int, reason: str) -> None:
+        """Note that an episode failed for good."""
+        self._write("given_up", number=number, reason=reason)
+
+    def fault(self, text: str) -> None:
+        """Note a fault that was survived."""
+        self._write("fault", text=text)
+
+    def opened(self) -> None:
+        """Note that a group was opened at a moment that timing decided."""
+        self._write("opened")
+
+    def collected(self, step: int, ended_by: str, seconds: float) -> None:
+        """Note that the rollouts of an update are complete."""
+        self._write("collected", step=step, ended_by=ended_by, seconds=seconds)
+
+    def take(self, *kinds: str) -> dict[str, Any] | None:
+        """The next entry of the past if it is one of these kinds; it counts as lived through."""
+        return self._past.popleft() if self._past and self._past[0]["kind"] in kinds else None
+
+    def _write(self, kind: str, **values: Any) -> None:
+        if self._file is not None:
+            self._out.write(json.dumps({"kind": kind, "time": time.time()} | values) + "\n")
+            self._out.flush()
+
+
+def recorded_report(entry: dict[str, Any], context: Context) -> EpisodeReport:
+    """The report of a ``played`` entry."""
+    return EpisodeReport(context=context, frame_steps=np.array(entry["steps"], dtype=np.int32), **entry["report"])
+
+
+def _lock(file: TextIO) -> None:
+    """Be the only one who writes. A killed run's processes may live for some seconds more."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{file.name}: another process is writing it; is the run still going on?") from error
+        time.sleep(0.2)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """All entries. A last line that was cut short by the end of its process is removed from the file."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    entries = []
+    for i, line in enumerate(lines):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise UserError(
+                    f"{file}: line {i + 1} is damaged ({error}); cut the file before it to resume from there, which "
+                    "plays everything after it again"
+                ) from error
+            with file.open("r+b") as damaged:
+                damaged.truncate(sum(map(len, lines[:-1])))
+    return entries

@@ -1,0 +1,241 @@
+"""Faults, really injected while a job runs: does it go on, does it lose anything, does it end the same, how soon?
+
+A small job is run once without disturbance. Then it is run again, as often as it takes, while its processes are killed
+in turn; where the job itself ends, it is resumed once. All runs must end with the weights of the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ript_ray.config import Config, save_config
+from ript_ray.errors import UserError
+from ript_ray.reporting import write_json
+
+_ROOT = Path(__file__).parents[1]
+_TIMEOUT_S = 300.0
+"""Longest wait for a job to start, to get on or to recover."""
+FAULTS: dict[str, tuple[str, signal.Signals]] = {
+    "rollout actor killed": ("ray::RolloutActor", signal.SIGKILL),
+    "sample pool killed": ("ray::SamplePool", signal.SIGKILL),
+    "learner killed": ("ray::RayTrainWorker", signal.SIGKILL),
+    "weight store killed": ("ray::WeightStore", signal.SIGKILL),
+    "train controller killed": ("ray::TrainController", signal.SIGKILL),
+    "coordinator killed": ("ray::Coordinator", signal.SIGKILL),
+    "raylet killed": ("raylet/raylet", signal.SIGKILL),
+    "driver killed": ("", signal.SIGKILL),
+    "driver terminated": ("", signal.SIGTERM),
+}
+"""How the process is called, the driver if it is not, and the signal that it gets."""
+
+
+@dataclass(slots=True)
+class _Injection:
+    fault: str
+    recovered: bool = False
+    resumed: bool = False
+    """By a command, since the job itself had ended."""
+    lost: int = 0
+    """Episodes that were played and noted, and played again."""
+    seconds: float = 0.0
+    """Until something new was played or learnt."""
+
+
+class _Job:
+    """A training job in a process of its own, and what its files say of it."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.folder = folder
+        run = config.run.model_copy(update={"dir": str(folder)})
+        config = config.model_copy(update={"run": run})
+        file = folder.with_suffix(".yaml")
+        save_config(config, file)
+        self._process = _launch("train", "--config", str(file))
+
+    @property
+    def pid(self) -> int:
+        """Of the driver."""
+        return self._process.pid
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The summary, once the job has finished."""
+        file = self.folder / "summary.json"
+        if self._process.poll() is None or not file.exists():
+            return None
+        summary: dict[str, Any] = json.loads(file.read_text())
+        return summary
+
+    def played(self) -> list[int]:
+        """Numbers of the episodes in the journal."""
+        file = self.folder / "journal.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [entry["number"] for entry in entries if entry["kind"] == "played"]
+
+    def work_done(self) -> int:
+        """Episodes and updates so far."""
+        return len(self.played()) + len(list((self.folder / "checkpoints").glob("[0-9]*")))
+
+    def wait(self, until: Callable[[], bool]) -> bool:
+        """Wait for something, or for the end of the job; whether it came within the time limit."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline:
+            if until() or self._process.poll() is not None:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def has_ended(self) -> bool:
+        """Has the driver ended, one way or the other?"""
+        return self._process.poll() is not None
+
+    def resume(self) -> None:
+        """Start it again."""
+        self._process = _launch("train", "--resume", str(self.folder))
+
+    def find(self, title: str) -> int | None:
+        """A process of the job with this title."""
+        if not title:
+            return self.pid
+        for child in psutil.Process(self.pid).children(recursive=True):
+            try:
+                if title in " ".join(child.cmdline()):
+                    return int(child.pid)
+            except psutil.Error:
+                continue
+        return None
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Inject ``bench.injections`` faults, all kinds in turn, and tell for each kind what became of the job.
+
+    Args:
+        config: of the job, see ``configs/faults.yaml``; ``run.dir`` takes its files.
+
+    Raises:
+        UserError: when the job fails without any fault.
+    """
+    folder = Path(config.run.dir or "runs/faults").resolve()
+    if folder.exists():
+        raise UserError(f"run.dir={str(folder)!r} is there already; choose another, or remove it")
+    folder.mkdir(parents=True)
+    config = _with_start(config, folder)
+    undisturbed = _Job(config, folder / "undisturbed")
+    undisturbed.wait(undisturbed.has_ended)
+    if undisturbed.result is None:
+        raise UserError(f"the job fails without any fault; see {undisturbed.folder / 'run.log'}")
+    expected = undisturbed.result["weights_sha256"]
+    rng = random.Random(config.run.seed)
+    names = list(FAULTS)
+    injections: list[_Injection] = []
+    same: list[bool] = []
+    while len(injections) < config.bench.injections:
+        job = _Job(config, folder / f"run-{len(same)}")
+        while job.result is None:
+            if len(injections) < config.bench.injections:
+                injection = _inject(job, names[len(injections) % len(names)], rng)
+                injections += [injection] if injection is not None else []
+            elif not job.wait(job.has_ended):
+                break
+            elif job.result is None:
+                job.resume()
+        same.append(job.result is not None and job.result["weights_sha256"] == expected)
+        result = {
+            "benchmark": "faults",
+            "table": _table(injections),
+            "injected": len(injections),
+            "survived": sum(injection.recovered for injection in injections),
+            "trajectories_lost": sum(injection.lost for injection in injections),
+            "runs": len(same),
+            "runs_with_the_undisturbed_weights": sum(same),
+            "injections": [asdict(injection) for injection in injections],
+        }
+        write_json(folder / "faults.json", result)
+    return result
+
+
+def _with_start(config: Config, folder: Path) -> Config:
+    """The configuration with a policy to start from, made on the spot if the configured one is not of this task."""
+    demos, policy = folder / "demos.safetensors", folder / "start"
+    data = config.data.model_copy(update={"demos": str(demos)})
+    sft = config.sft.model_copy(update={"output": str(policy)})
+    start = config.policy.model_copy(update={"checkpoint": str(policy)})
+    for command in ("demos", "sft"):
+        run = config.run.model_copy(update={"dir": str(folder / command)})
+        update = {"data": data, "sft": sft, "run": run}
+        save_config(config.model_copy(update=update), folder / f"{command}.yaml")
+        process = _launch(command, "--config", str(folder / f"{command}.yaml"))
+        if process.wait(timeout=_TIMEOUT_S) != 0:
+            raise UserError(f"no starting policy: python launch.py {command} --config {folder / command}.yaml fails")
+    return config.model_copy(update={"data": data, "sft": sft, "policy": start})
+
+
+def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
+    """Wait until the job gets on, hit it, and wait until it gets on again; None if it had finished before."""
+    title, how = FAULTS[fault]
+    goal = job.work_done() + rng.randint(1, 20)
+    pid: list[int | None] = [None]
+
+    def there() -> bool:
+        pid[0] = job.find(title)
+        return pid[0] is not None and job.work_done() >= goal
+
+    job.wait(there)
+    if job.has_ended() or pid[0] is None:
+        return None
+    injection = _Injection(fault)
+    before, done = job.played(), job.work_done()
+    started = time.monotonic()
+    os.kill(pid[0], how)
+    if not title:
+        job.wait(job.has_ended)
+    while not injection.recovered:
+        if not job.wait(lambda: job.work_done() > done):
+            return injection
+        if job.result is not None or not job.has_ended():
+            injection.recovered = True
+        elif injection.resumed:  # one command must do
+            return injection
+        else:
+            injection.resumed = True
+            job.resume()
+    injection.seconds = time.monotonic() - started
+    now = job.played()
+    injection.lost = len(now) - len(set(now)) + len(set(before) - set(now))
+    return injection
+
+
+def _table(injections: list[_Injection]) -> list[dict[str, Any]]:
+    rows = []
+    for fault in dict.fromkeys(injection.fault for injection in injections):
+        own = [injection for injection in injections if injection.fault == fault]
+        seconds = sorted(injection.seconds for injection in own)
+        rows.append(
+            {
+                "fault": fault,
+                "injected": len(own),
+                "recovered": sum(injection.recovered for injection in own),
+                "by_a_command": sum(injection.resumed for injection in own),
+                "trajectories_lost": sum(injection.lost for injection in own),
+                "seconds_to_recover": {"median": seconds[len(seconds) // 2], "max": seconds[-1]},
+            }
+        )
+    return rows
+
+
+def _launch(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "launch.py", *arguments]
+    return subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

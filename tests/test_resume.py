@@ -1,0 +1,206 @@
+"""Runs that are really killed, and resumed: they must end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_faults import point_policy
+
+from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import newest_policy, save_policy
+
+ROOT = Path(__file__).parents[1]
+TIMING = ("time", "seconds", "busy_s", "idle_s", "wait_s", "memory_mb")
+"""Ends of the names of metrics that a clock or the machine decides."""
+SETTINGS = [
+    "env.id=gymnasium/ript_ray/PointReach-v0",
+    "env.image_size=32",
+    "env.max_steps=30",
+    "policy.execute=5",
+    "sampling.group_size=4",
+    "sampling.groups=4",
+    "sampling.max_groups=8",
+    "sampling.skip_after=1",
+    "train.updates=3",
+    "train.epochs=20",
+    "train.batch_size=8",
+    "train.micro_batch=8",
+    "eval.episodes=4",
+]
+
+pytestmark = pytest.mark.ray
+
+State = Callable[[Path], bool]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "start"
+    save_policy(folder, point_policy())
+    return folder
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "launch.py", "train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def stop_when(process: subprocess.Popen[str], run: Path, state: State, how: signal.Signals) -> None:
+    """Send a signal as soon as the files of a run are in a state."""
+    deadline = time.monotonic() + 240
+    while not state(run):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    process.communicate(timeout=120)
+
+
+def entries(run: Path) -> list[dict[str, Any]]:
+    file = run / "journal.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def played(count: int) -> State:
+    return lambda run: sum(entry["kind"] == "played" for entry in entries(run)) >= count
+
+
+def collected(step: int, seconds: float = 0.0) -> State:
+    """So many seconds after the rollouts of an update were complete, that is, while it is learnt."""
+
+    def reached(run: Path) -> bool:
+        if any(entry["kind"] == "collected" and entry["step"] == step for entry in entries(run)):
+            time.sleep(seconds)
+            return True
+        return False
+
+    return reached
+
+
+def story(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and metrics of a run without what clocks decide."""
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["update"], *sorted(row)))
+    plain = [{name: value for name, value in row.items() if not name.endswith(TIMING)} for row in rows]
+    timeless = {
+        name: value
+        for name, value in summary.items()
+        if name not in ("seconds", "weights_wait_s", "learner_peak_memory_mb", "sessions", "errors")
+    }
+    return timeless, plain
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={run}"))
+    return run
+
+
+def run_with_stops(
+    checkpoint: Path, run: Path, stops: list[tuple[State, signal.Signals]], *more: str
+) -> dict[str, Any]:
+    """Stop a run at each of these states, resume it each time, and return its summary."""
+    process = start(*SETTINGS, *more, f"policy.checkpoint={checkpoint}", f"run.dir={run}")
+    for state, how in stops:
+        stop_when(process, run, state, how)
+        process = start("--resume", str(run))
+    finish(process)
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    assert summary["sessions"] == len(stops) + 1
+    return summary
+
+
+def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stops = [
+        (played(7), signal.SIGKILL),  # the evaluation is over, the first group half collected
+        (collected(1, 0.05), signal.SIGTERM),  # within the second update
+        (collected(2), signal.SIGKILL),
+    ]
+    summary = run_with_stops(checkpoint, run, stops)
+    there, here = story(undisturbed), story(run)
+    assert here[0] == there[0]
+    assert here[1] == there[1]
+    assert len(here[1]) == 6
+    numbers = [entry["number"] for entry in entries(run) if entry["kind"] == "played"]
+    assert sorted(numbers) == list(range(summary["episodes"]))  # each once
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_ends_the_same(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
+    total = json.loads((undisturbed / "summary.json").read_text())["episodes"]
+    rng = random.Random(0)
+    counts = sorted(rng.sample(range(1, total + 1), 8))
+    stops = [(played(count), rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])) for count in counts]
+    for step in range(3):
+        at = tmp_path / f"learning-{step}"
+        run_with_stops(checkpoint, at, [(collected(step, rng.random() * 0.5), signal.SIGKILL)])
+        assert story(at) == story(undisturbed)
+    run_with_stops(checkpoint, tmp_path / "run", stops)
+    assert story(tmp_path / "run") == story(undisturbed)
+
+
+def test_an_asynchronous_run_loses_nothing_that_was_played(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")
+    numbers = [entry["number"] for entry in entries(run) if entry["kind"] == "played"]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
+    for update in (1, 2):
+        save_policy(tmp_path / f"{update:04d}", point_policy())
+    file = tmp_path / "0002" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    update, policy, damaged = newest_policy(tmp_path)
+    assert update == 1
+    assert policy is not None
+    assert len(damaged) == 1
+    assert "0002" in damaged[0]
+    assert "sha256 is not the one that was written" in damaged[0]
+
+
+def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
+    from actors.journal import Journal
+
+    journal = Journal(tmp_path)
+    journal.given_up(0, "it hangs")
+    journal.collected(0, "quota", 1.5)
+    del journal
+    file = tmp_path / "journal.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"kind": "coll')
+    journal = Journal(tmp_path)
+    assert journal.sessions == 2
+    assert journal.take("collected") is None
+    entry = journal.take("given_up")
+    assert entry is not None
+    assert entry["reason"] == "it hangs"
+    assert journal.take("collected") is not None
+    assert not journal.replaying
+    del journal
+    lines = whole.splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
+    with pytest.raises(UserError, match=r"journal.jsonl: line 2 is damaged"):
+        Journal(tmp_path)

@@ -71,8 +71,11 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def work_done(run_dir: Path) -> int:
-    """Episodes and updates on disk."""
-    return sum(1 for folder in ("episodes", "checkpoints") for _ in (run_dir / folder).glob("[0-9]*"))
+    """Outcomes that the journal holds, and updates."""
+    journal = run_dir / "journal.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    outcomes = sum('"kind": "played"' in line or '"kind": "collected"' in line for line in lines)
+    return outcomes + len(list((run_dir / "checkpoints").glob("[0-9]*")))
 
 
 def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, survived: list[str]) -> dict[str, Any]:

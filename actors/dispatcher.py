@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.journal import Journal, recorded_report
 from actors.rollout import EpisodeReport
@@ -136,7 +136,7 @@ class Dispatcher:
         """The next episode that is finished, noted in the journal; None when none is outstanding.
 
         Raises:
-            RuntimeError: when no actor is left.
+            RuntimeError: when no actor is left, or one cannot play for a reason that is not its environment's.
         """
         if self._journal.replaying:
             return self._recall() if self._queue or self._dropped else None
@@ -165,13 +165,17 @@ class Dispatcher:
                 report = ray.get(reference, timeout=self._timeout_s)
                 self._finished.append(Outcome(episode, report, trajectory_ref))
                 self._idle.append(actor)
+            except RayTaskError as error:  # first: it is also of the kind of its cause
+                if isinstance(error.cause, (RayError, OSError)):
+                    raise RuntimeError(
+                        f"{actor} lost something it depends on, which is not its environment: {error.cause}"
+                    ) from error
+                self._idle.append(actor)
+                self._retry(episode, error)
             except RayActorError as error:
                 # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
                 self._lost[actor.awake.options(max_task_retries=-1).remote()] = actor, episode
                 self._at.pop(actor, None)
-                self._retry(episode, error)
-            except RayTaskError as error:
-                self._idle.append(actor)
                 self._retry(episode, error)
         self._end_overdue()
         self._start()

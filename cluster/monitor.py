@@ -61,7 +61,7 @@ class Monitor:
                 ray.get(collecting)
             except Exception as error:  # handed to the main thread, which raises it
                 self._failure = error
-                ray.kill(self._pool)
+                self._pool.finish.remote(0)
 
     def _show(self, state: dict[str, Any]) -> None:
         for row in state["rows"]:

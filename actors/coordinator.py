@@ -435,7 +435,8 @@ class Coordinator:
     def _forget(self, outcome: Outcome) -> None:
         """Leave only the record of an episode that nothing will be learnt from."""
         file = self._journal.episode_file(outcome.episode.number)
-        if file is not None and not self._journal.replaying:
+        # An actor on another node may have written to a disk of its own.
+        if file is not None and file.exists() and not self._journal.replaying:
             forget_trajectory(file)
 
     def _give_up(self, outcome: Outcome, now: _Collection, dispatcher: Dispatcher) -> int:

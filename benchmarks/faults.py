@@ -50,7 +50,7 @@ class _Injection:
     lost: int = 0
     """Episodes that were played and noted, and played again."""
     seconds: float = 0.0
-    """Until something new was played or learnt."""
+    """Until another process was in its place and something new was played or learnt."""
 
 
 class _Job:
@@ -197,16 +197,18 @@ def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
     if job.has_ended() or pid[0] is None:
         return None
     injection = _Injection(fault)
-    before, done = job.played(), job.work_done()
+    before = job.played()
     started = time.monotonic()
     os.kill(pid[0], how)
     if not title:
         job.wait(job.has_ended)
     while not injection.recovered:
-        if not job.wait(lambda: job.work_done() > done):
-            return injection
-        if job.result is not None or not job.has_ended():
+        if job.result is not None:
             injection.recovered = True
+        elif not job.has_ended():
+            injection.recovered = job.wait(lambda: job.find(title) not in (None, pid[0])) and _gets_on(job)
+            if not injection.recovered and not job.has_ended():  # it hangs
+                return injection
         elif injection.resumed:  # one command must do
             return injection
         else:
@@ -216,6 +218,12 @@ def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
     now = job.played()
     injection.lost = len(now) - len(set(now)) + len(set(before) - set(now))
     return injection
+
+
+def _gets_on(job: _Job) -> bool:
+    """Is something played or learnt from now on?"""
+    done = job.work_done()
+    return job.wait(lambda: job.work_done() > done) and job.work_done() > done
 
 
 def _table(injections: list[_Injection]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch
 from conftest import make_policy, make_trajectory
 from ray.experimental import get_object_locations
 from ray.util.state import list_actors
+from safetensors.torch import load_file
 
 from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
@@ -227,6 +228,18 @@ def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config
 
 def test_two_learners_agree(tiny_config: Config, tmp_path: Path) -> None:
     learn(tiny_config, tmp_path / "two", learners=2)
+
+
+def test_samples_that_break_an_update_are_kept_and_its_weights_are_not(tiny_config: Config, tmp_path: Path) -> None:
+    train = tiny_config.train.model_copy(update={"lr": 1e30, "warmup": 0.0, "epochs": 20})
+    config = tiny_config.model_copy(update={"train": train})
+    with pytest.raises(Exception, match=r"update 1, step \d+: loss .* the samples of this step are in"):
+        learn(config, tmp_path, learners=0)
+    (file,) = (tmp_path / "faults").iterdir()
+    kept = load_file(file)
+    assert kept["0.frames"].shape == (8, 2, 32, 32, 3)
+    assert torch.isfinite(kept["0.actions"]).all()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_trajectories_keep_their_values_through_the_object_store() -> None:

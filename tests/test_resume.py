@@ -159,6 +159,18 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(checkpoint: Path, undisturb
     assert story(tmp_path / "run") == story(undisturbed)
 
 
+@pytest.mark.slow
+def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
+    file = tmp_path / "faults.json"
+    arguments = ["bench", "faults", "--config", "configs/faults.yaml", "bench.injections=9"]
+    command = [sys.executable, "launch.py", *arguments, f"run.dir={tmp_path / 'runs'}", "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
+    result = json.loads(file.read_text())
+    assert len(result["table"]) == result["injected"] == result["survived"] == 9
+    assert result["trajectories_lost"] == 0
+    assert result["runs"] == result["runs_with_the_undisturbed_weights"]
+
+
 def test_an_asynchronous_run_loses_nothing_that_was_played(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")

@@ -320,7 +320,7 @@ class Coordinator:
             now.groups, now.finished, now.opened = self._open, self._rollouts, len(self._open)
             self._judge_complete(now, dispatcher)
         errors_before = len(dispatcher.errors)
-        while (ended := self._ended(now, step)) is None:
+        while (ended := self._ended(now)) is None:
             self._refill(now, dispatcher)
             outcome = dispatcher.next()
             if outcome is None:  # only weights can be missing
@@ -345,7 +345,7 @@ class Coordinator:
         goal = self._config.train.stop_at
         return goal is not None and row["rollout/success_low"] >= goal
 
-    def _ended(self, now: _Collection, step: int) -> tuple[str, float] | None:
+    def _ended(self, now: _Collection) -> tuple[str, float] | None:
         """What ended a collection, and after how many seconds; as the journal has it, if it does."""
         entry = self._journal.take("collected")
         if entry is not None:
@@ -353,7 +353,7 @@ class Coordinator:
         ended_by = None if self._journal.replaying else now.ended_by()
         if ended_by is None:
             return None
-        self._journal.collected(step, ended_by, now.seconds)
+        self._journal.collected(now.step, ended_by, now.seconds)
         return ended_by, now.seconds
 
     def _refill(self, now: _Collection, dispatcher: Dispatcher) -> None:

@@ -73,7 +73,7 @@ class _Job:
     def result(self) -> dict[str, Any] | None:
         """The summary, once the job has finished."""
         file = self.folder / "summary.json"
-        if self._process.poll() is None or not file.exists():
+        if not self.has_ended() or not file.exists():
             return None
         summary: dict[str, Any] = json.loads(file.read_text())
         return summary
@@ -93,7 +93,7 @@ class _Job:
         """Wait for something, or for the end of the job; whether it came within the time limit."""
         deadline = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < deadline:
-            if until() or self._process.poll() is not None:
+            if until() or self.has_ended():
                 return True
             time.sleep(0.05)
         return False

@@ -79,9 +79,8 @@ def test_a_damaged_configuration_file_is_refused(tmp_path: Path) -> None:
     for _ in range(1000):
         file.write_bytes(damage(DEFAULT.read_bytes(), rng))
         errors.append(refusal(lambda: load_config(file, [])))
-    assert (
-        sum(error is not None for error in errors) > 300
-    )  # the others changed a comment, a name or a number into another
+    # The others changed a comment, a name or a number into another.
+    assert sum(error is not None for error in errors) > 300
 
 
 def survives_damage(file: Path, load: Callable[[], Any], same: Callable[[Any], bool], count: int = 500) -> None:

@@ -32,7 +32,7 @@ from ript_ray.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
-    from ript_ray.policies.flow import FlowPolicy
+    from ript_ray.policies.policy import Policy
 
 log = logging.getLogger("ript_ray")
 
@@ -312,13 +312,13 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def load_starting_policy(config: Config) -> FlowPolicy:
+def load_starting_policy(config: Config) -> Policy:
     """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``."""
     from ript_ray.policies.checkpoints import load_policy
 
     policy = load_policy(resolve(config.policy.checkpoint))
-    size = policy.transform.image_size
-    if config.env.image_size != size:
+    size = policy.transform.frame_size
+    if size not in (None, config.env.image_size):
         raise UserError(
             f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
             f"{size}×{size} pixels; set env.image_size={size}"
@@ -341,7 +341,7 @@ def players(config: Config, run_dir: Path) -> Iterator[tuple[Any, list[Any]]]:
             yield coordinator, actors
 
 
-def start_rollouts(config: Config, policy: FlowPolicy, version: int = 0) -> tuple[Any, list[Any]]:
+def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[Any, list[Any]]:
     """The weight store, with ``policy`` as its first version, and the rollout actors that pull from it."""
     import ray
 

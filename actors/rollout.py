@@ -19,7 +19,7 @@ from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.policies.checkpoints import build_policy
-from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import Policy
 from ript_ray.types import Context, EpisodeRecord, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
@@ -91,7 +91,7 @@ class RolloutActor:
         self._watchdog = Watchdog(Path(tempfile.gettempdir()) / name, 1e3 * config.scaling.actor_memory_gb)
         self._world: World | None = None
         self._device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
-        self._policy: FlowPolicy | None = None
+        self._policy: Policy | None = None
         self._version = -1
         choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
         ids = config.env.ids
@@ -179,7 +179,7 @@ class RolloutActor:
         self._world = world
         return world
 
-    def _pull(self) -> FlowPolicy:
+    def _pull(self) -> Policy:
         """Adopt newer weights if there are any. CPU parameters are views into the node's shared object."""
         if self._store is None:
             raise RuntimeError("this actor was started without a weight store")

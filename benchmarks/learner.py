@@ -125,7 +125,14 @@ def make_trajectories(count: int, image_size: int) -> list[Trajectory]:
 def make_policy(image_size: int) -> FlowPolicy:
     """A small policy with random weights."""
     torch.manual_seed(0)
-    transform = Transform((0.0,) * 8, (1.0,) * 8, (0.0,) * 7, (1.0,) * 7, (False,) * 7, image_size)
+    transform = Transform(
+        state_mean=(0.0,) * 8,
+        state_std=(1.0,) * 8,
+        action_mean=(0.0,) * 7,
+        action_std=(1.0,) * 7,
+        relative=(False,) * 7,
+        image_size=image_size,
+    )
     return FlowPolicy(FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
 
 

@@ -32,7 +32,7 @@ from ript_ray.data.windows import seen_starts, shuffled_batches
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import describe, load_policy, to_publish
-from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, Shard, Trajectory
 
@@ -64,7 +64,7 @@ class _Players:
     store: Any
     version: int = -1
 
-    def adopt(self, policy: FlowPolicy) -> None:
+    def adopt(self, policy: Policy) -> None:
         """Act with this policy from now on."""
         self.version += 1
         ray.get(self.store.publish.remote(self.version, *to_publish(policy)), timeout=60)
@@ -160,7 +160,7 @@ def _begun(file: Path, config: Config) -> dict[str, Any]:
     return {"benchmark": "objectives", "env": config.env.id, "settings": settings, "runs": []}
 
 
-def _learn(config: Config, players: _Players, start: FlowPolicy, run: _Run, shared: tuple[list[_Group], float]) -> None:
+def _learn(config: Config, players: _Players, start: Policy, run: _Run, shared: tuple[list[_Group], float]) -> None:
     """All rounds of one run: collect (the first time: take what is shared), update from the start, evaluate."""
     train, objective = _settings(config, run.objective)
     sampler = ContextSampler(training_starts(config.env), config.sampling, run.seed)
@@ -199,13 +199,13 @@ def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | No
 
 
 def _update(
-    policy: FlowPolicy,
+    policy: Policy,
     groups: list[_Group],
     train: TrainConfig,
     objective: ObjectiveConfig,
     config: Config,
     seed: int,
-) -> FlowPolicy:
+) -> Policy:
     """One update on all groups so far, as the pool and the learner do it; the policy to act with."""
     kept = [group for group in groups if is_kept(group.rewards, objective)]
     pool = dict(enumerate(t for group in kept for t in group.trajectories))

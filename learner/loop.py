@@ -22,7 +22,7 @@ from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
 from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, load_policy, save_policy, to_publish
-from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
@@ -38,7 +38,7 @@ _UNAVERAGED = "unaveraged-{:04d}"
 
 
 def learner_group(
-    config: Config, policy: FlowPolicy, pool: Any, store: Any, coordinator: Any, run_dir: Path
+    config: Config, policy: Policy, pool: Any, store: Any, coordinator: Any, run_dir: Path
 ) -> TorchTrainer:
     """The group of ``scaling.learners`` workers; its ``fit`` returns after ``train.updates`` updates.
 
@@ -146,8 +146,8 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def _learn(
-    policy: FlowPolicy,
-    anchor: FlowPolicy | None,
+    policy: Policy,
+    anchor: Policy | None,
     shard: Shard,
     frames: RenderedFrames,
     config: Config,
@@ -155,7 +155,7 @@ def _learn(
     coordinator: Any,
     memory: PeakMemory,
     run_dir: Path,
-) -> tuple[FlowPolicy, dict[str, float]]:
+) -> tuple[Policy, dict[str, float]]:
     """One update on one shard, see `update`; nothing to do when no group was mixed.
 
     Raises:

@@ -16,13 +16,12 @@ from ript_ray.data.windows import gather, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.policy import Policy
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch, Trajectory, Window
 
 
-def train_on_demonstrations(
-    config: Config, on_step: Callable[[int, float], None]
-) -> tuple[FlowPolicy, dict[str, float]]:
+def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None]) -> tuple[Policy, dict[str, float]]:
     """Imitate all demonstrations of ``data.demos``, good and bad alike, for ``sft.steps`` optimiser steps.
 
     Returns:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
 from ript_ray.config import ObjectiveConfig, TrainConfig
-from ript_ray.policies.flow import FlowPolicy, sample_time, shift_images
+from ript_ray.policies.policy import Policy, sample_time, shift_images
 from ript_ray.types import Batch
 
 Load = Callable[[], Batch]
@@ -47,13 +47,13 @@ class NonFinite(RuntimeError):
 class _Terms:
     """What the loss of an update is made of."""
 
-    policy: FlowPolicy
+    policy: Policy
     train: TrainConfig
     objective: ObjectiveConfig
     generator: torch.Generator
-    reference: FlowPolicy | None
+    reference: Policy | None
     """The policy before the update, if the objective compares with it."""
-    anchor: FlowPolicy | None
+    anchor: Policy | None
     """The starting policy, if a change since then is penalised."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sum over samples of each diagnostic."""
@@ -65,14 +65,14 @@ class _Terms:
 
 
 def update(
-    policy: FlowPolicy,
+    policy: Policy,
     steps: Sequence[Step],
     train: TrainConfig,
     objective: ObjectiveConfig,
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
-    anchor: FlowPolicy | None = None,
-) -> tuple[FlowPolicy, dict[str, float]]:
+    anchor: Policy | None = None,
+) -> tuple[Policy, dict[str, float]]:
     """Train ``policy`` in place on all ``steps``: AdamW, warm-up and cosine, accumulation, clipping.
 
     Args:
@@ -128,7 +128,7 @@ def update(
     policy.eval()
     tenth = max(1, len(losses) // 10)
     # The average is a deep copy of the policy.
-    averaged = cast("FlowPolicy", average.module).eval() if average is not None and train.act_with_ema else None
+    averaged = cast("Policy", average.module).eval() if average is not None and train.act_with_ema else None
     return averaged or policy, {
         "loss_first": sum(losses[:tenth]) / tenth,
         "loss": sum(losses[-tenth:]) / tenth,
@@ -146,7 +146,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _frozen(policy: FlowPolicy) -> FlowPolicy:
+def _frozen(policy: Policy) -> Policy:
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
@@ -176,7 +176,7 @@ def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
     for load in step.micro_batches:
         batch = load()
         batch.frames = shift_images(batch.frames, terms.train.image_shift, generator)
-        noise = torch.randn(len(batch), policy.config.horizon, policy.config.action_dim, generator=generator)
+        noise = torch.randn(len(batch), policy.horizon, policy.action_dim, generator=generator)
         time, chance = sample_time(len(batch), generator), torch.rand(len(batch), generator=generator)
         size = -(-len(batch) // pieces)
         for start in range(0, len(batch), size):

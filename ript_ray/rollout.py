@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ript_ray.envs.world import LazyObservation, World
-from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import Policy
 from ript_ray.policies.sampling import ChainStep, Explore
 from ript_ray.types import Context, Trajectory
 
@@ -81,7 +81,7 @@ class Recorder:
 
 def play(
     env: World,
-    policy: FlowPolicy,
+    policy: Policy,
     context: Context,
     *,
     policy_version: int,
@@ -100,7 +100,7 @@ def play(
     recorder = Recorder(env, context)
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device
-    shape = (1, policy.config.horizon, policy.config.action_dim)
+    shape = (1, policy.horizon, policy.action_dim)
     stochastic = Explore(explore, execute, generator) if explore > 0 else None
     success = over = False
     while not over:

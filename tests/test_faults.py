@@ -37,7 +37,14 @@ HEALTHY = "gymnasium/ript_ray/PointReach-v0"
 def point_policy() -> FlowPolicy:
     """An untrained policy for `PointReach`."""
     torch.manual_seed(0)
-    transform = Transform((0.5,) * 2, (0.3,) * 2, (0.0,) * 2, (0.5,) * 2, (False,) * 2, image_size=32)
+    transform = Transform(
+        state_mean=(0.5,) * 2,
+        state_std=(0.3,) * 2,
+        action_mean=(0.0,) * 2,
+        action_std=(0.5,) * 2,
+        relative=(False,) * 2,
+        image_size=32,
+    )
     sizes = FlowConfig(action_dim=2, state_dim=2, cameras=1, channels=8, context=32, width=32, depth=1)
     return FlowPolicy(sizes, transform, torch.zeros(50, 2), torch.ones(50, 2))
 

@@ -13,7 +13,7 @@ from torch import nn
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
 from ript_ray.config import ObjectiveConfig
-from ript_ray.policies.flow import sample_time
+from ript_ray.policies.policy import sample_time
 from ript_ray.policies.sampling import ChainStep, Explore, euler_maruyama, integrate, integrate_with_noise
 from ript_ray.types import Batch
 
@@ -40,10 +40,16 @@ class Table(nn.Module):
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
         return torch.arange(len(states))
 
+    def conditioned(self, features: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return condition, features.repeat(len(condition) // len(features))
+
     def velocity(
-        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
+        self, conditioned: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        return self.v[condition, context]
+        return self.v[conditioned]
+
+    def error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return t.square()
 
 
 def make_chain(generator: torch.Generator) -> ChainStep:
@@ -243,12 +249,16 @@ class Bandit(nn.Module):
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
         return states
 
-    def velocity(
-        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
-    ) -> torch.Tensor:
-        features = torch.cat([x[:, 0], t[:, None], self.condition(condition)], 1)
+    def conditioned(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return self.condition(condition)
+
+    def velocity(self, conditioned: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        features = torch.cat([x[:, 0], t[:, None], conditioned], 1)
         # A network that can jump has no finite optimum at t = 0, whatever the objective.
         return (x - self.layers(features)[:, None]) / t[:, None, None].clamp_min(0.05)
+
+    def error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return t.square()
 
 
 def bandit_batch(actions: torch.Tensor, advantages: np.ndarray, weights: np.ndarray, chain: ChainStep | None) -> Batch:
@@ -292,7 +302,7 @@ def act(policy: Bandit, rows: int, seed: int, level: float = 0.0) -> tuple[torch
     noise, ones = torch.randn(rows, 1, 2, generator=generator), torch.ones(rows, dtype=torch.long)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return policy.velocity(torch.zeros(rows, 1), x, t, ones)
+        return policy.velocity(policy.conditioned(torch.zeros(rows, 1), ones), x, t)
 
     with torch.no_grad():
         if level == 0.0:

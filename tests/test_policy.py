@@ -19,7 +19,8 @@ from ript_ray.policies.checkpoints import (
     save_policy,
     weights_sha256,
 )
-from ript_ray.policies.flow import FlowPolicy, sample_time, shift_images
+from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import sample_time, shift_images
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch, Window
 
@@ -58,11 +59,12 @@ def test_images_of_another_size_are_refused() -> None:
 
 def test_guidance_means_what_it_says() -> None:
     policy = make_policy()
-    context, x, t = torch.randn(3, 32), torch.randn(3, 50, 7), torch.rand(3)
-    v1 = policy.velocity(context, x, t, torch.ones(3, dtype=torch.long))
-    v0 = policy.velocity(context, x, t, torch.zeros(3, dtype=torch.long))
+    features, x, t = torch.randn(3, 32), torch.randn(3, 50, 7), torch.rand(3)
+    v1 = policy.velocity(policy.conditioned(features, torch.ones(3, dtype=torch.long)), x, t)
+    v0 = policy.velocity(policy.conditioned(features, torch.zeros(3, dtype=torch.long)), x, t)
     for w in (0.0, 0.5, 1.0, 3.0):
-        torch.testing.assert_close(policy.guided_velocity(context, x, t, w), v0 + w * (v1 - v0), rtol=1e-4, atol=1e-5)
+        guided = policy.guided_velocity(policy.guided(features, 3, w), x, t, w)
+        torch.testing.assert_close(guided, v0 + w * (v1 - v0), rtol=1e-4, atol=1e-5)
     assert (v1 - v0).abs().max() > 1e-3
 
 
@@ -72,12 +74,12 @@ def test_velocity_points_from_the_predicted_chunk_to_the_noise() -> None:
     torch.nn.init.zeros_(policy.project_out.weight)
     torch.nn.init.zeros_(policy.project_out.bias)
     x, t = torch.randn(3, 50, 7), torch.tensor([0.1, 0.5, 1.0])
-    v = policy.velocity(torch.zeros(3, 32), x, t, torch.zeros(3, dtype=torch.long))
+    v = policy.velocity(torch.zeros(3, 32), x, t)
     torch.testing.assert_close(x - t[:, None, None] * v, policy.chunk_mean.expand(3, 50, 7), rtol=1e-4, atol=1e-5)
     # ... and at that chunk's own noisy versions it is the target ε − a.
     noise = torch.randn(3, 50, 7)
     noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * policy.chunk_mean
-    v = policy.velocity(torch.zeros(3, 32), noisy, t, torch.zeros(3, dtype=torch.long))
+    v = policy.velocity(torch.zeros(3, 32), noisy, t)
     torch.testing.assert_close(v, noise - policy.chunk_mean, rtol=1e-3, atol=1e-4)
 
 
@@ -88,10 +90,11 @@ def test_acting_is_ten_euler_steps_and_leaves_the_noise_alone() -> None:
     acted, _ = policy.act(batch.frames, batch.states, batch.instructions, noise)
     assert torch.equal(noise, before)
     with torch.no_grad():
-        context = policy.encode(batch.frames, batch.states, batch.instructions)
+        features = policy.encode(batch.frames, batch.states, batch.instructions)
+        good = policy.conditioned(features, torch.ones(2, dtype=torch.long))
         x = noise.clone()
         for k in range(10):
-            x -= 0.1 * policy.velocity(context, x, torch.full((2,), 1 - 0.1 * k), torch.ones(2, dtype=torch.long))
+            x -= 0.1 * policy.velocity(good, x, torch.full((2,), 1 - 0.1 * k))
     torch.testing.assert_close(acted, policy.transform.decode_actions(x, batch.states), rtol=1e-4, atol=1e-5)
 
 
@@ -100,10 +103,10 @@ def test_both_branches_of_a_draw_share_noise_and_time() -> None:
     noise, t = torch.randn(3, 50, 7), torch.rand(3)
     draw = Draw(policy, batch, noise, t, torch.rand(3))
     chunk = policy.transform.encode_actions(batch.actions, batch.states)
-    context = policy.encode(batch.frames, batch.states, batch.instructions)
+    features = policy.encode(batch.frames, batch.states, batch.instructions)
     noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * chunk
     for value, c in zip(draw.velocity(1, 0), (1, 0), strict=True):
-        v = policy.velocity(context, noisy, t, torch.full((3,), c))
+        v = policy.velocity(policy.conditioned(features, torch.full((3,), c)), noisy, t)
         torch.testing.assert_close(value, v, rtol=1e-4, atol=1e-5)
         expected = t[:, None, None] ** 2 * (v - (noise - chunk)) ** 2
         torch.testing.assert_close(draw.errors(value), expected, rtol=1e-4, atol=1e-5)
@@ -153,7 +156,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_pa
         load_policy(tmp_path / "absent")
     save_policy(tmp_path / "p", policy)
     (tmp_path / "p" / "policy.json").write_text('{"type": "pi9"}')
-    with pytest.raises(UserError, match="unknown type 'pi9'"):
+    with pytest.raises(UserError, match="type 'pi9' is unknown"):
         load_policy(tmp_path / "p")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ript_ray.errors import UserError
-from ript_ray.policies.flow import FlowConfig, FlowPolicy
-from ript_ray.policies.transform import Transform
+from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.policy import Policy
 
 Weights = dict[str, torch.Tensor]
 
 
-def save_policy(folder: Path, policy: FlowPolicy, about: Mapping[str, object] | None = None) -> None:
+def save_policy(folder: Path, policy: Policy, about: Mapping[str, object] | None = None) -> None:
     """Write a policy; the folder appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.partial")
     staging.mkdir(exist_ok=True)
     weights = cpu_weights(policy)
     save_file(weights, staging / "model.safetensors")
-    description = {"type": "flow", **describe(policy), "about": dict(about or {})}
+    description = {**describe(policy), "about": dict(about or {})}
     description["sha256"] = _fingerprint(description, weights)
     (staging / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
     if folder.exists():
@@ -39,7 +38,7 @@ def save_policy(folder: Path, policy: FlowPolicy, about: Mapping[str, object] | 
         staging.rename(folder)
 
 
-def load_policy(folder: Path) -> FlowPolicy:
+def load_policy(folder: Path) -> Policy:
     """Read a policy in evaluation mode.
 
     Raises:
@@ -54,12 +53,11 @@ def load_policy(folder: Path) -> FlowPolicy:
             )
     try:
         description = json.loads((folder / "policy.json").read_text())
-        if description["type"] != "flow":
-            raise UserError(f"policy.checkpoint={str(folder)!r}: unknown type {description['type']!r}; valid: 'flow'")
+        policy_class(description["type"])  # tells more than that the rest does not fit
         weights = load_file(folder / "model.safetensors")
         if description.get("sha256", "") != _fingerprint(description, weights):
             raise ValueError("its sha256 is not the one that was written")
-        return build_policy(description, weights)
+        return build_policy(description, weights, share=True)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"policy.checkpoint={str(folder)!r} cannot be read ({type(error).__name__}: {error}); a file is damaged or "
@@ -67,7 +65,7 @@ def load_policy(folder: Path) -> FlowPolicy:
         ) from error
 
 
-def newest_policy(folder: Path) -> tuple[int, FlowPolicy | None, list[str]]:
+def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
     """The newest whole checkpoint of a run.
 
     Args:
@@ -85,20 +83,19 @@ def newest_policy(folder: Path) -> tuple[int, FlowPolicy | None, list[str]]:
     return 0, None, damaged
 
 
-def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> FlowPolicy:
+def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> Policy:
     """A policy in evaluation mode from its description (as in ``policy.json``) and weights.
 
     Args:
-        description: its ``config`` and ``transform``.
+        description: from `describe`.
         weights: every tensor by name.
-        share: use the tensors themselves as parameters instead of copying them; for inference only.
+        share: use the tensors themselves as parameters instead of copying them.
 
     Raises:
         UserError: when a tensor is missing, unknown or misshapen.
     """
-    config = FlowConfig(**description["config"])
-    mean, std = torch.zeros(2, config.horizon, config.action_dim).unbind()
-    policy = FlowPolicy(config, Transform.from_json(description["transform"]), mean.clone(), std.clone())
+    with torch.device("meta"):  # neither memory nor time for weights that are replaced
+        policy = policy_class(description["type"]).from_description(description)
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -107,13 +104,25 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
                 f"policy weights do not fit: {name} should be {expected.get(name, 'absent')}, "
                 f"the file has {found.get(name, 'nothing')}"
             )
-    policy.load_state_dict(weights, assign=share)
+    own = weights if share else {name: tensor.clone() for name, tensor in weights.items()}
+    policy.load_state_dict(own, assign=True)
     return policy.eval()
 
 
-def describe(policy: FlowPolicy) -> dict[str, Any]:
+def describe(policy: Policy) -> dict[str, Any]:
     """What `build_policy` needs besides the weights."""
-    return {"config": asdict(policy.config), "transform": policy.transform.to_json()}
+    return {"type": policy.kind, **policy.describe()}
+
+
+def policy_class(kind: str) -> type[Policy]:
+    """The architecture of this name; imported when it is needed, since some take seconds to import."""
+    if kind == "flow":
+        return FlowPolicy
+    if kind == "pi0":
+        from ript_ray.policies.pi0.policy import Pi0Policy
+
+        return Pi0Policy
+    raise ValueError(f"type {kind!r} is unknown; valid: 'flow', 'pi0'")
 
 
 def cpu_weights(policy: torch.nn.Module) -> Weights:

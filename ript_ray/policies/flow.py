@@ -1,19 +1,17 @@
-"""A small flow-matching policy: pixels of the cameras, state and instruction → a chunk of 50 actions. Runs on a CPU.
-
-Conventions follow π0: t = 1 is noise, x_t = t·ε + (1 − t)·a, the velocity target is ε − a, and sampling integrates
-from t = 1 to t = 0 with Euler steps. A condition c ∈ {0, 1} serves classifier-free guidance (c = 1: "good").
-"""
+"""A small flow-matching policy: pixels of the cameras, state and instruction → a chunk of 50 actions. Runs on a CPU."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
+from ript_ray.policies.policy import Policy
 from ript_ray.policies.transform import Transform
 
 CAMERA_FEATURES = 128
@@ -34,8 +32,8 @@ class FlowConfig:
     depth: int = 3
 
 
-class FlowPolicy(nn.Module):
-    """The velocity field v(x_t, t | observation, c) and its sampler.
+class FlowPolicy(Policy):
+    """A small network of the velocity field.
 
     Args:
         config: sizes.
@@ -44,6 +42,8 @@ class FlowPolicy(nn.Module):
         chunk_std: their deviation, same shape.
     """
 
+    kind = "flow"
+    transform: Transform
     chunk_mean: torch.Tensor
     chunk_std: torch.Tensor
 
@@ -52,6 +52,7 @@ class FlowPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.horizon, self.action_dim = config.horizon, config.action_dim
         self.transform = transform
         self.register_buffer("chunk_mean", chunk_mean)
         self.register_buffer("chunk_std", chunk_std)
@@ -83,91 +84,40 @@ class FlowPolicy(nn.Module):
             torch.cat([*seen, self.state(self.transform.encode_state(states)), self.words(words)], dim=1)
         )
 
-    def velocity(
-        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
-    ) -> torch.Tensor:
-        """v(x, t | context, c): float32[B, horizon, action_dim].
+    def conditioned(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """float32[B, context] → float32[n·B, context]."""
+        return features.repeat(len(condition) // len(features), 1) + self.condition(condition)
+
+    def velocity(self, conditioned: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """v(x, t | observation, c): float32[N, horizon, action_dim].
 
         The network F predicts the clean chunk, â = μ + σ·F(x, t, context) with the demonstrations' mean μ and deviation
         σ, and the velocity follows from x_t = t·ε + (1 − t)·a:  v = ε̂ − â = (x − â)/t. A network that predicts v itself
         has to pass all of x through to cancel its noise, which a small one does badly: dimensions that should be still
         are not.
-
-        Args:
-            context: from `encode`, float32[B, context].
-            x: noisy chunk, float32[B, horizon, action_dim].
-            t: time in [0, 1], float32[B].
-            condition: int64[B], 0 or 1.
         """
-        modulation = context + self.condition(condition) + self.time(_time_features(t))
+        modulation = conditioned + self.time(_time_features(t))
         hidden = self.project_in((x - self.chunk_mean).flatten(1))
         for block in self.blocks:
             hidden = block(hidden, modulation)
         clean = self.chunk_mean + self.chunk_std * self.project_out(hidden).view_as(x)
         return (x - clean) / t[:, None, None]
 
-    @torch.no_grad()
-    def act(
-        self,
-        frames: torch.Tensor,
-        states: torch.Tensor,
-        instructions: list[str],
-        noise: torch.Tensor,
-        guidance: float = 1.0,
-        steps: int = 10,
-        explore: Explore | None = None,
-    ) -> tuple[torch.Tensor, ChainStep | None]:
-        """Sample chunks of actions in the environment's units: float32[B, horizon, action_dim].
+    def error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """t², which makes the loss the squared error of the clean chunk.
 
-        Args:
-            frames: uint8[B, C, H, W, 3].
-            states: float32[B, S].
-            instructions: one per row.
-            noise: where the integration starts, float32[B, horizon, action_dim]; not modified.
-            guidance: w in v = v₀ + w(v₁ − v₀): 0 is the unconditional mode, 1 the conditional, more extrapolates.
-            steps: Euler steps.
-            explore: makes one of the steps stochastic.
-
-        Returns:
-            The chunks, and the stochastic step if there was one.
+        Without it the smallest times, where this network's velocity is hardest to tell, would drown the rest.
         """
-        context = self.encode(frames, states, instructions)
+        return t.square()
 
-        def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.guided_velocity(context, x, t, guidance)
+    def describe(self) -> dict[str, Any]:
+        return {"config": asdict(self.config), "transform": self.transform.to_json()}
 
-        if explore is None:
-            return self.transform.decode_actions(integrate(velocity, noise, steps), states), None
-        x, chain = integrate_with_noise(velocity, noise, steps, explore)
-        return self.transform.decode_actions(x, states), chain
-
-    def guided_velocity(self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, guidance: float) -> torch.Tensor:
-        """v₀ + w(v₁ − v₀); at w = 0 and w = 1 only the one branch that matters is computed."""
-        ones = torch.ones(len(x), dtype=torch.long, device=x.device)
-        if guidance in (0.0, 1.0):
-            return self.velocity(context, x, t, ones * int(guidance))
-        both = self.velocity(context.repeat(2, 1), x.repeat(2, 1, 1), t.repeat(2), torch.cat([ones, ones * 0]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-
-def sample_time(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Training times, π0's 0.999·Beta(1.5, 1) + 0.001: float32[count]. Beta(1.5, 1) has the inverse CDF u^(1/1.5)."""
-    return 0.999 * torch.rand(count, generator=generator) ** (1 / 1.5) + 0.001
-
-
-def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Augmentation: shift each row's frames (uint8[B, C, H, W, 3]) by up to ``pixels``, repeating the border."""
-    if pixels == 0:
-        return frames
-    cameras, size = frames.shape[1:3]
-    offsets = torch.randint(-pixels, pixels + 1, (len(frames), cameras, 2), generator=generator).to(frames.device)
-    steps = torch.arange(size, device=frames.device)
-    rows = (steps + offsets[..., :1]).clamp(0, size - 1)
-    columns = (steps + offsets[..., 1:]).clamp(0, size - 1)
-    batch = torch.arange(len(frames), device=frames.device)[:, None, None, None]
-    camera = torch.arange(cameras, device=frames.device)[None, :, None, None]
-    return frames[batch, camera, rows[..., :, None], columns[..., None, :]]
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Self:
+        config = FlowConfig(**description["config"])
+        mean, std = torch.zeros(2, config.horizon, config.action_dim).unbind()
+        return cls(config, Transform.from_json(description["transform"]), mean.clone(), std.clone())
 
 
 class _CameraEncoder(nn.Module):

@@ -7,11 +7,13 @@ holds wherever a policy is used.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ript_ray.errors import UserError
 
@@ -25,11 +27,12 @@ hand: its angles are noise of a hundredth of a radian, which would otherwise be 
 and outliers to 16 deviations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Transform:
-    """Normalisation by mean and deviation (z-score); actions may be made relative to the state first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisation:
+    """Numbers between an environment and a network; actions may be made relative to the state first.
 
-    With D the action dimension: a' = ((a − mask·s[:D]) − mean) / (std + 1e-6).
+    With A the environment's action dimension: a' = ((a − mask·s[:A]) − mean) / (std + 1e-6). A network of more
+    dimensions, one for many robots, gets zeros behind.
     """
 
     state_mean: tuple[float, ...]
@@ -39,10 +42,64 @@ class Transform:
     relative: tuple[bool, ...]
     """Per action dimension: is the action expressed relative to the same dimension of the state?
     LIBERO's actions are changes already, so False there."""
+    state_width: int = 0
+    """Dimensions of the network's state, if they are more."""
+    action_width: int = 0
+    """Dimensions of the network's actions, if they are more."""
+
+    @property
+    def frame_size(self) -> int | None:
+        """Height and width of the frames that it takes, in pixels; None: of any, it resizes them."""
+        return None
+
+    def encode_state(self, state: torch.Tensor) -> torch.Tensor:
+        """float32[B, S] in SI units → normalised, float32[B, max(S, state_width)]."""
+        encoded = (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + _EPS)
+        return _widen(encoded, self.state_width)
+
+    def encode_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """float32[B, T, A] in the environment's units → normalised, float32[B, T, max(A, action_width)].
+
+        ``state`` float32[B, S] is the one before the chunk.
+        """
+        shifted = actions - self._base(actions, state)
+        return _widen((shifted - actions.new_tensor(self.action_mean)) / self._scale(actions), self.action_width)
+
+    def decode_actions(self, encoded: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The exact inverse of `encode_actions`."""
+        encoded = encoded[..., : len(self.action_mean)]
+        return encoded * self._scale(encoded) + encoded.new_tensor(self.action_mean) + self._base(encoded, state)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def _scale(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_tensor(self.action_std) + _EPS
+
+    def _base(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        mask = actions.new_tensor(self.relative)
+        return (mask * state[:, : len(self.relative)].to(actions)).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform(Normalisation):
+    """The small policy's: mean and deviation of its demonstrations, frames as they come, words as hashes."""
+
     image_size: int
     """Height and width, in pixels, of the frames that the policy was trained on."""
     vocabulary: int = 512
     """Buckets that the words of an instruction are hashed into."""
+
+    @property
+    def frame_size(self) -> int | None:
+        return self.image_size
 
     @classmethod
     def fit(
@@ -82,40 +139,16 @@ class Transform:
             )
         return frames.movedim(-1, -3).float() / 127.5 - 1.0
 
-    def encode_state(self, state: torch.Tensor) -> torch.Tensor:
-        """float32[B, S] in SI units → normalised."""
-        return (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + _EPS)
-
-    def encode_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """float32[B, T, D] in the environment's units → normalised; ``state`` float32[B, S] is the chunk's first."""
-        return (actions - self._base(actions, state) - actions.new_tensor(self.action_mean)) / self._scale(actions)
-
-    def decode_actions(self, encoded: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The exact inverse of `encode_actions`."""
-        return encoded * self._scale(encoded) + encoded.new_tensor(self.action_mean) + self._base(encoded, state)
-
     def encode_instructions(self, instructions: list[str]) -> torch.Tensor:
         """Words hashed to buckets, padded with −1: int64[B, longest]."""
         rows = [[_bucket(word, self.vocabulary) for word in text.lower().split()] for text in instructions]
         longest = max(map(len, rows))
         return torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Transform:
-        """The inverse of `to_json`."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
-
-    def _scale(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_tensor(self.action_std) + _EPS
-
-    def _base(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        mask = actions.new_tensor(self.relative)
-        return (mask * state[:, : len(self.relative)].to(actions)).unsqueeze(1)
+def _widen(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Zeros behind, up to ``width`` dimensions."""
+    return F.pad(values, (0, max(0, width - values.shape[-1])))
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ript_ray.config import ObjectiveConfig
 from ript_ray.policies.sampling import log_prob_under
-from ript_ray.policies.transform import Transform
+from ript_ray.policies.transform import Normalisation
 from ript_ray.types import Batch
 
 
 class VelocityModel(Protocol):
-    """What objectives need of a policy."""
+    """What objectives need of a policy (see `ript_ray.policies.policy.Policy`)."""
 
-    transform: Transform
-
-    def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
-        """Observation features: float32[B, …]."""
+    @property
+    def transform(self) -> Normalisation:
+        """Between the environment's actions and the network's."""
         ...
 
-    def velocity(
-        self, context: torch.Tensor, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor
-    ) -> torch.Tensor:
-        """v(x, t | context, c): float32[B, T, D]."""
+    def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> Any:
+        """Features of B observations."""
+        ...
+
+    def conditioned(self, features: Any, condition: torch.Tensor) -> Any:
+        """The same at conditions, for n copies of the B rows."""
+        ...
+
+    def velocity(self, conditioned: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """v(x, t | observation, c): float32[N, T, D]."""
+        ...
+
+    def error_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """How much an error of the velocity counts at time t: float32[B]."""
         ...
 
 
@@ -77,12 +86,15 @@ class Draw:
         self.chance = chance
         self._policy = policy
         self._reference = reference
-        clean = policy.transform.encode_actions(batch.actions, batch.states)
+        steps = noise.shape[1]
+        self._valid = batch.valid[:, :steps]
+        clean = policy.transform.encode_actions(batch.actions[:, :steps], batch.states)
         t = time[:, None, None]
         self._noisy = t * noise + (1 - t) * clean
         self.target = noise - clean
         """u = ε − a: float32[B, T, D]."""
-        self._context: torch.Tensor | None = None
+        self._weight = policy.error_weight(time)[:, None, None]
+        self._encoded: Any = None
 
     def velocity(self, *conditions: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
         """v(x_t, t | c) for each of the conditions, in one pass: float32[B, T, D] each."""
@@ -100,24 +112,20 @@ class Draw:
             return self._velocity(self._reference, self._encode(self._reference), conditions)
 
     def change_since(self, anchor: VelocityModel) -> torch.Tensor:
-        """t²·(v − v_anchor)² of both branches, averaged over elements and branches: float32[B]."""
+        """w(t)·(v − v_anchor)² of both branches, averaged over elements and branches: float32[B]."""
         with torch.no_grad():
             old = self._velocity(anchor, self._encode(anchor), (1, 0))
         new = self._velocity(self._policy, self._features(), (1, 0))
-        t = self.time[:, None, None]
-        changes = [self.mean((t * (n - o)).square()) for n, o in zip(new, old, strict=True)]
+        changes = [self.mean(self._weight * (n - o).square()) for n, o in zip(new, old, strict=True)]
         return (changes[0] + changes[1]) / 2
 
     def errors(self, velocity: torch.Tensor) -> torch.Tensor:
-        """Flow-matching loss ℓ = t²·(v − u)² per element, the squared error of the clean chunk: float32[B, T, D].
-
-        Without the weight the smallest times, where the velocity is hardest to tell, would drown the rest.
-        """
-        return (self.time[:, None, None] * (velocity - self.target)).square()
+        """Flow-matching loss ℓ = w(t)·(v − u)² per element, w being the policy's own weight: float32[B, T, D]."""
+        return self._weight * (velocity - self.target).square()
 
     def mean(self, elements: torch.Tensor) -> torch.Tensor:
         """Mean over action dimensions and valid steps: float32[B, T, D] → float32[B]."""
-        steps = self.batch.valid.to(elements)
+        steps = self._valid.to(elements)
         return (elements.mean(-1) * steps).sum(1) / steps.sum(1).clamp_min(1.0)
 
     def chain_log_prob(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,27 +140,27 @@ class Draw:
         if chain is None:
             raise ValueError("these samples were made without a stochastic step; set policy.explore, for example 0.5")
         ones = torch.ones(len(self.batch), dtype=torch.long, device=self.time.device)
-        velocity = self._policy.velocity(self._features(), chain.x, chain.time, ones).float()
-        now = log_prob_under(velocity, chain)
-        executed = (torch.arange(now.shape[1], device=now.device) < chain.executed[:, None]) & self.batch.valid
+        conditioned = self._policy.conditioned(self._features(), ones)
+        now = log_prob_under(self._policy.velocity(conditioned, chain.x, chain.time).float(), chain)
+        executed = (torch.arange(now.shape[1], device=now.device) < chain.executed[:, None]) & self._valid
         return (now * executed).sum(1), (chain.log_prob * executed).sum(1)
 
-    def _features(self) -> torch.Tensor:
-        if self._context is None:
-            self._context = self._encode(self._policy)
-        return self._context
+    def _features(self) -> Any:
+        if self._encoded is None:
+            self._encoded = self._encode(self._policy)
+        return self._encoded
 
-    def _encode(self, policy: VelocityModel) -> torch.Tensor:
+    def _encode(self, policy: VelocityModel) -> Any:
         return policy.encode(self.batch.frames, self.batch.states, self.batch.instructions)
 
     def _velocity(
-        self, policy: VelocityModel, context: torch.Tensor, conditions: tuple[torch.Tensor | int, ...]
+        self, policy: VelocityModel, features: Any, conditions: tuple[torch.Tensor | int, ...]
     ) -> tuple[torch.Tensor, ...]:
         size, count = len(self.batch), len(conditions)
         filled = [
             torch.full((size,), c, device=self.time.device) if isinstance(c, int) else c.long() for c in conditions
         ]
-        context, x, t = (
-            tensor.repeat(count, *[1] * (tensor.dim() - 1)) for tensor in (context, self._noisy, self.time)
+        conditioned = policy.conditioned(features, torch.cat(filled))
+        return (
+            policy.velocity(conditioned, self._noisy.repeat(count, 1, 1), self.time.repeat(count)).float().chunk(count)
         )
-        return policy.velocity(context, x, t, torch.cat(filled)).float().chunk(count)

@@ -1,0 +1,50 @@
+"""π0's images: any frames, brought to the size of its vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ript_ray.policies.transform import Normalisation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pi0Transform(Normalisation):
+    """π0's and π0.5's: statistics of a checkpoint, frames resized, 32 dimensions for all robots."""
+
+    image_size: int = 224
+    """Height and width of what the vision tower sees, in pixels."""
+
+    def encode_images(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8[B, C, H, W, 3] → float32[B, C, 3, image_size, image_size] in [−1, 1]."""
+        batch, cameras = frames.shape[:2]
+        resized = resize_with_pad(frames.flatten(0, 1).movedim(-1, 1), self.image_size)
+        return resized.view(batch, cameras, *resized.shape[1:]).float() / 255.0 * 2.0 - 1.0
+
+
+def resize_with_pad(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Bilinear, smoothed when they shrink; the aspect is kept, with black bars: uint8[N, 3, H, W] → [N, 3, size, size].
+
+    What openpi's ``resize_with_pad`` does with Pillow, which rounds to whole levels, too.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    ratio = max(height, width) / size
+    new = int(height / ratio), int(width / ratio)
+    resized = F.interpolate(images.float(), new, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    above, left = (size - new[0]) // 2, (size - new[1]) // 2
+    return F.pad(resized, (left, size - new[1] - left, above, size - new[0] - above))
+
+
+def z_score(stats: dict[str, list[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of openpi's statistics."""
+    return tuple(stats["mean"]), tuple(stats["std"])
+
+
+def quantile(stats: dict[str, list[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Middle and half width between the 1 % and the 99 % quantile, by which those become −1 and 1 (π0.5)."""
+    pairs = list(zip(stats["q01"], stats["q99"], strict=True))
+    return tuple((low + high) / 2 for low, high in pairs), tuple((high - low) / 2 for low, high in pairs)

@@ -7,6 +7,8 @@
     python launch.py train --resume RUN_DIR      go on with a run that was interrupted
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
+    python launch.py convert SOURCE DIR          a π0 checkpoint of openpi or LeRobot, or random:pi0_tiny, as a policy
+    python launch.py compare A B                 where two policies part, stage by stage
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
     python launch.py bench env|learner|memory    measured speed, as ratios
     python launch.py bench objectives            objectives on equal footing
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
+COMMANDS = ("train", "eval", "guidance", "demos", "sft", "convert", "compare", "replay", "bench", "doctor")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -348,11 +351,11 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
     from actors.rollout import RolloutActor
     from actors.weights import WeightStore
     from cluster.session import spawn, start_actors
-    from ript_ray.policies.checkpoints import describe, to_publish
+    from ript_ray.policies.checkpoints import to_publish
 
     store = spawn(WeightStore, name="WeightStore")
     ray.get(store.publish.remote(version, *to_publish(policy)), timeout=60)
-    return store, start_actors(RolloutActor, config.scaling, config, describe(policy), "WeightStore")
+    return store, start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -389,8 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=["train", "eval", "guidance", "demos", "sft", "replay", "bench", "doctor"])
-    parser.add_argument("settings", nargs="*", help="section.key=value; for bench its subject, for replay a file")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("settings", nargs="*", help="section.key=value, and what the command is about")
     parser.add_argument("--suite", help="short for env.id=SUITE/TASK, with --task")
     parser.add_argument("--task", help="number or name of a task in --suite; 0 by default")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")
@@ -417,6 +420,42 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def convert(subjects: list[str], config: Config) -> dict[str, Any]:
+    """A checkpoint in another layout."""
+    from ript_ray.policies.pi0.convert import convert
+
+    if len(subjects) != 2:
+        raise UserError("convert: expected a source and a folder to write, for example: convert random:pi0_tiny DIR")
+    result = convert(subjects[0], Path(subjects[1]), config.convert)
+    print(f"{result['target']}: {result['model']}, {result['parameters']:,} parameters, {result['horizon']} actions")
+    return result
+
+
+def compare(subjects: list[str], config: Config) -> dict[str, Any]:
+    """Two policies, or files of what another system computed, on the same observations."""
+    from ript_ray.policies import compare as stages
+    from ript_ray.policies.checkpoints import load_policy
+
+    if len(subjects) != 2:
+        raise UserError(
+            "compare: expected two folders of policies or .safetensors files of stages; the second file may be new, "
+            "to be written"
+        )
+    seen = stages.observations(Path(config.data.demos), config.env.image_size)
+
+    def side(path: Path) -> stages.Stages:
+        return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
+
+    first, second = map(Path, subjects)
+    if second.suffix == ".safetensors" and not second.exists():
+        stages.save_stages(second, side(first))
+        print(f"wrote the stages of {first} to {second}")
+        return {"stages": str(second)}
+    result = stages.compare(side(first), side(second))
+    print(result.describe())
+    return result.to_json()
 
 
 def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
@@ -446,6 +485,10 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return run_benchmark(subjects, config)
     if command == "replay":
         return replay(subjects)
+    if command == "convert":
+        return convert(subjects, config)
+    if command == "compare":
+        return compare(subjects, config)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
     if command == "doctor":

@@ -31,7 +31,7 @@ from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
 from ript_ray.data.windows import seen_starts, shuffled_batches
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
-from ript_ray.policies.checkpoints import describe, load_policy, to_publish
+from ript_ray.policies.checkpoints import load_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, Shard, Trajectory
@@ -123,7 +123,7 @@ def measure(config: Config) -> dict[str, Any]:
     done = {(run["objective"], run["seed"]) for run in result["runs"]}
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store = spawn(WeightStore, name="WeightStore")
-        actors = start_actors(RolloutActor, config.scaling, config, describe(start), "WeightStore")
+        actors = start_actors(RolloutActor, config.scaling, config, start.describe(), "WeightStore")
         players = _Players(config, actors, store)
         result["versions"] = versions(ray.get(actors[0].renderer.remote()))
         players.adopt(start)

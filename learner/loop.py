@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
-from ript_ray.policies.checkpoints import build_policy, cpu_weights, describe, load_policy, save_policy, to_publish
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, load_policy, save_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
 
@@ -56,7 +56,7 @@ def learner_group(
         train_loop,
         train_loop_config={
             "config": config,
-            "description": describe(policy),
+            "description": policy.describe(),
             "weights": [ray.put(cpu_weights(policy))],
             "pool": pool,
             "store": store,

@@ -263,6 +263,29 @@ class SftConfig(_Section):
     """Where to write the trained policy."""
 
 
+class ConvertConfig(_Section):
+    """What a checkpoint does not say of itself, for ``convert``."""
+
+    to: Literal["own", "openpi"] = "own"
+    """Write this project's layout, or that of openpi's PyTorch code."""
+    tokenizer: str | None = None
+    """``tokenizer.model`` (PaliGemma's, as openpi uses it) or ``tokenizer.json``; in the source's folder by default."""
+    stats: str | None = None
+    """``norm_stats.json`` to use instead of the source's."""
+    asset: str | None = None
+    """Which of several statistics in a checkpoint; and openpi's name of those that are written."""
+    normalise: Literal["z_score", "quantile"] | None = None
+    """By mean and deviation (π0, the default for it) or by quantiles (π0.5)."""
+    relative: int = Field(default=0, ge=0)
+    """So many first action dimensions are relative to the state: 6 for openpi's ``pi0_libero``."""
+    horizon: int | None = Field(default=None, ge=1, le=50)
+    """Actions in a chunk, where ``config.json`` does not say: 50 for π0, 10 for ``pi05_libero``."""
+    state_in_prompt: bool | None = None
+    """π0.5: is the state written into the prompt? Yes by default; not so for ``pi05_libero``."""
+    condition: Literal["none", "embedding", "text"] = "embedding"
+    """How the policy will be told "good" or not in reinforcement learning: a learnt embedding, words, or not at all."""
+
+
 class BenchConfig(_Section):
     """What ``bench objectives`` compares and ``bench faults`` disturbs."""
 
@@ -290,6 +313,7 @@ class Config(_Section):
     scaling: ScalingConfig = ScalingConfig()
     demos: DemosConfig = DemosConfig()
     sft: SftConfig = SftConfig()
+    convert: ConvertConfig = ConvertConfig()
     bench: BenchConfig = BenchConfig()
 
     @model_validator(mode="after")

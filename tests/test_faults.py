@@ -23,7 +23,7 @@ from actors.rollout import RolloutActor
 from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session
 from ript_ray.config import Config, ScalingConfig
-from ript_ray.policies.checkpoints import describe, to_publish
+from ript_ray.policies.checkpoints import to_publish
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Context, Finished, Trajectory
@@ -78,7 +78,7 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def start_actor(config: Config) -> Any:
-    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(point_policy()), "Weights")
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, point_policy().describe(), "Weights")
     ray.get(actor.awake.options(max_task_retries=3).remote(), timeout=60)
     return actor
 

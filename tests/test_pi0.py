@@ -20,7 +20,7 @@ from ript_ray.policies.pi0.gemma import GemmaSizes
 from ript_ray.policies.pi0.layout import from_openpi, to_openpi
 from ript_ray.policies.pi0.policy import Pi0Config, Pi0Policy, VisionSizes
 from ript_ray.policies.pi0.prompt import PromptTokenizer, prompt_tokens
-from ript_ray.policies.pi0.transform import Pi0Transform, resize_with_pad
+from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of, resize_with_pad
 from ript_ray.types import Batch, Window
 
 SENTENCES = ["pick up the alphabet soup and place it in the basket", "open the top drawer", "turn on the stove"]
@@ -213,12 +213,17 @@ def test_prompts_begin_once_and_are_cleaned() -> None:
     assert spoken == TOKENIZER.encode("Task: go, State: 0 128 255;\nAction: ")
 
 
-@pytest.mark.parametrize("pi05", [False, True])
-def test_quantiles_become_minus_one_and_one(pi05: bool) -> None:
-    from ript_ray.policies.pi0.transform import quantile
-
-    mean, std = quantile({"q01": [-2.0, 1.0], "q99": [4.0, 3.0]})
-    low, high = (torch.tensor(x) for x in ([-2.0, 1.0], [4.0, 3.0]))
-    centre, half = torch.tensor(mean), torch.tensor(std)
-    torch.testing.assert_close((low - centre) / half, torch.tensor([-1.0, -1.0]))
-    torch.testing.assert_close((high - centre) / half, torch.tensor([1.0, 1.0]))
+def test_quantiles_normalise_as_openpi_does() -> None:
+    q01, q99 = [-2.0, 1.0, 0.5], [4.0, 3.0, 0.5]
+    mean, std = quantile({"q01": q01, "q99": q99})
+    transform = Pi0Transform(
+        state_mean=mean, state_std=std, action_mean=mean, action_std=std, relative=(False,) * 3, action_width=5
+    )
+    x = torch.tensor([[-2.0, 3.0, 0.5], [1.0, 2.0, 0.5]], dtype=torch.float64)
+    low, high = torch.tensor(q01), torch.tensor(q99)
+    expected = (x - low) / (high - low + 1e-6) * 2 - 1
+    torch.testing.assert_close(transform.encode_state(x), expected)
+    wide = transform.encode_actions(x[None], x[:1])
+    assert wide.shape == (1, 2, 5)
+    torch.testing.assert_close(transform.decode_actions(wide, x[:1]), x[None])
+    np.testing.assert_allclose(quantiles_of(mean, std), (q01, q99))

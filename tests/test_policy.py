@@ -14,7 +14,6 @@ from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
-    describe,
     load_policy,
     save_policy,
     weights_sha256,
@@ -147,11 +146,11 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_tensor(tmp_pa
     policy = make_policy()
     weights = cpu_weights(policy)
     with pytest.raises(UserError, match=r"time\.weight should be .* the file has nothing"):
-        build_policy(describe(policy), {k: v for k, v in weights.items() if k != "time.weight"})
+        build_policy(policy.describe(), {k: v for k, v in weights.items() if k != "time.weight"})
     with pytest.raises(UserError, match="extra should be absent"):
-        build_policy(describe(policy), weights | {"extra": torch.zeros(1)})
+        build_policy(policy.describe(), weights | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"time\.bias should be \(32,\), the file has \(3,\)"):
-        build_policy(describe(policy), weights | {"time.bias": torch.zeros(3)})
+        build_policy(policy.describe(), weights | {"time.bias": torch.zeros(3)})
     with pytest.raises(UserError, match=r"policy\.checkpoint=.*policy\.json not found"):
         load_policy(tmp_path / "absent")
     save_policy(tmp_path / "p", policy)

@@ -27,7 +27,7 @@ from actors.weights import WeightStore
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
 from ript_ray.config import Config, ScalingConfig, load_config
-from ript_ray.policies.checkpoints import cpu_weights, describe, load_policy, to_publish, weights_sha256
+from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
 from ript_ray.types import Context, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def rollout_actor(ray_cluster: None) -> Any:
     policy = load_policy(ROOT / "checkpoints" / "libero_object_0")
     store = WeightStore.options(name="Weights").remote()
     ray.get(store.publish.remote(0, *to_publish(policy)))
-    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, describe(policy), "Weights")
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, policy.describe(), "Weights")
     ray.get(actor.awake.remote(), timeout=120)
     return actor, store
 

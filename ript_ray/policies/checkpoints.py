@@ -25,9 +25,9 @@ def save_policy(folder: Path, policy: Policy, about: Mapping[str, object] | None
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.partial")
     staging.mkdir(exist_ok=True)
-    weights = cpu_weights(policy)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
     save_file(weights, staging / "model.safetensors")
-    description = {**describe(policy), "about": dict(about or {})}
+    description = {**policy.describe(), "about": dict(about or {})}
     description["sha256"] = _fingerprint(description, weights)
     (staging / "policy.json").write_text(json.dumps(description, indent=2) + "\n")
     if folder.exists():
@@ -87,7 +87,7 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
     """A policy in evaluation mode from its description (as in ``policy.json``) and weights.
 
     Args:
-        description: from `describe`.
+        description: from `Policy.describe`.
         weights: every tensor by name.
         share: use the tensors themselves as parameters instead of copying them.
 
@@ -107,11 +107,6 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
     own = weights if share else {name: tensor.clone() for name, tensor in weights.items()}
     policy.load_state_dict(own, assign=True)
     return policy.eval()
-
-
-def describe(policy: Policy) -> dict[str, Any]:
-    """What `build_policy` needs besides the weights."""
-    return {"type": policy.kind, **policy.describe()}
 
 
 def policy_class(kind: str) -> type[Policy]:
@@ -136,7 +131,7 @@ def weights_sha256(weights: Weights) -> str:
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # no copy: embeddings may have 2 GB
     return digest.hexdigest()
 
 

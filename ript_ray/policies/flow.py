@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ript_ray.policies.policy import Policy
+from ript_ray.policies.stages import note
 from ript_ray.policies.transform import Transform
 
 CAMERA_FEATURES = 128
@@ -76,13 +77,12 @@ class FlowPolicy(Policy):
 
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> torch.Tensor:
         """Observation features, once per look: uint8[B, C, H, W, 3], float32[B, S] → float32[B, context]."""
-        images = self.transform.encode_images(frames)
-        words = self.transform.encode_instructions(instructions).to(states.device)
+        images = note("pixels", self.transform.encode_images(frames))
+        words = note("tokens", self.transform.encode_instructions(instructions).to(states.device))
         words = torch.where(words < 0, self.transform.vocabulary, words)
         seen = [camera(images[:, i]) for i, camera in enumerate(self.cameras)]
-        return self.context(
-            torch.cat([*seen, self.state(self.transform.encode_state(states)), self.words(words)], dim=1)
-        )
+        state = note("state", self.transform.encode_state(states))
+        return note("prefix", self.context(torch.cat([*seen, self.state(state), self.words(words)], dim=1)))
 
     def conditioned(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """float32[B, context] → float32[n·B, context]."""
@@ -111,7 +111,7 @@ class FlowPolicy(Policy):
         return t.square()
 
     def describe(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "transform": self.transform.to_json()}
+        return {"type": self.kind, "config": asdict(self.config), "transform": self.transform.to_json()}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:

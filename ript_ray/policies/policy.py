@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
+from ript_ray.policies.stages import note
 from ript_ray.policies.transform import Normalisation
 
 
@@ -100,13 +101,15 @@ class Policy(nn.Module, abc.ABC):
         Returns:
             The chunks, and the stochastic step if there was one.
         """
+        note("frames", frames)
         conditioned = self.guided(self.encode(frames, states, instructions), len(noise), guidance)
+        note("noise", noise)
 
         def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.guided_velocity(conditioned, x, t, guidance)
+            return note("velocity", self.guided_velocity(conditioned, x, note("time", t), guidance))
 
         if explore is None:
-            return self.transform.decode_actions(integrate(velocity, noise, steps), states), None
+            return self.transform.decode_actions(note("raw action", integrate(velocity, noise, steps)), states), None
         x, chain = integrate_with_noise(velocity, noise, steps, explore)
         return self.transform.decode_actions(x, states), chain
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ript_ray.errors import UserError
 
-_EPS = 1e-6
+EPS = 1e-6
 """Added to deviations, as openpi does."""
 _SMALLEST_STD = 0.01
 """A dimension that hardly moves would be blown up by its tiny deviation."""
@@ -54,7 +54,7 @@ class Normalisation:
 
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:
         """float32[B, S] in SI units → normalised, float32[B, max(S, state_width)]."""
-        encoded = (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + _EPS)
+        encoded = (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + EPS)
         return _widen(encoded, self.state_width)
 
     def encode_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Normalisation:
         return cls(**plain)
 
     def _scale(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_tensor(self.action_std) + _EPS
+        return like.new_tensor(self.action_std) + EPS
 
     def _base(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         mask = actions.new_tensor(self.relative)

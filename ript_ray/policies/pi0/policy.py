@@ -22,6 +22,7 @@ from ript_ray.policies.pi0.gemma import Cache, Gemma, GemmaSizes
 from ript_ray.policies.pi0.prompt import PromptTokenizer, pad, prompt_tokens
 from ript_ray.policies.pi0.transform import Pi0Transform
 from ript_ray.policies.policy import Policy
+from ript_ray.policies.stages import note
 
 ADVANTAGES = ("negative", "positive")
 """What the prompt says of c = 0 and c = 1."""
@@ -153,10 +154,10 @@ class Pi0Policy(Policy):
         return name.startswith(("language.norm", last)) and not name.startswith(needed)
 
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> _Seen:
-        pixels = self.transform.encode_images(frames)
+        pixels = note("pixels", self.transform.encode_images(frames))
         features = self.vision(pixels.flatten(0, 1)).last_hidden_state
-        images = self.projector(features).unflatten(0, pixels.shape[:2]).flatten(1, 2)
-        state = self.transform.encode_state(states)
+        images = note("images", self.projector(features).view(len(pixels), -1, self.config.language.width))
+        state = note("state", self.transform.encode_state(states))
         seen = _Seen(images, state, instructions, None)
         return seen if self.config.condition == "text" else replace(seen, prefix=self._prefix(seen, None))
 
@@ -176,7 +177,7 @@ class Pi0Policy(Policy):
     def velocity(self, conditioned: _Told, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         modulation = None
         with torch.autocast(x.device.type, enabled=False):  # times and small projections stay in float32
-            time = time_embedding(t, self.config.expert.width)
+            time = note("time embedding", time_embedding(t, self.config.expert.width))
             tokens = self.action_in_proj(x.float())
             if self.config.pi05:
                 modulation = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
@@ -194,11 +195,7 @@ class Pi0Policy(Policy):
         self.language.checkpointing = self.expert.checkpointing = True
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "config": asdict(self.config),
-            "transform": self.transform.to_json(),
-            "tokenizer": self.tokenizer.to_json(),
-        }
+        return description_of(self.config, self.transform, self.tokenizer)
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
@@ -222,12 +219,21 @@ class Pi0Policy(Policy):
             for prompt in zip(seen.instructions * times, states, advantages, strict=True)
         ]
         tokens, valid = pad(prompts)
+        note("tokens", tokens)
         device, images = seen.images.device, seen.images.repeat(times, 1, 1)
         # Gemma scales its embeddings, not what the vision tower says.
-        words = self.words(tokens.to(device)) * math.sqrt(self.config.language.width)
+        words = note("words", self.words(tokens.to(device)) * math.sqrt(self.config.language.width))
         if valid is not None:
             valid = F.pad(valid, (images.shape[1], 0), value=True).to(device)
-        return self.language.cache(torch.cat([images, words.to(images.dtype)], 1), valid)
+        cache = self.language.cache(torch.cat([images, words.to(images.dtype)], 1), valid)
+        note("prefix", cache.keys[-1])
+        return cache
+
+
+def description_of(config: Pi0Config, transform: Pi0Transform, tokenizer: PromptTokenizer) -> dict[str, Any]:
+    """What `Pi0Policy.from_description` takes."""
+    parts = {"config": asdict(config), "transform": transform.to_json(), "tokenizer": tokenizer.to_json()}
+    return {"type": Pi0Policy.kind, **parts}
 
 
 def time_embedding(t: torch.Tensor, width: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from ript_ray.policies.transform import Normalisation
+from ript_ray.policies.transform import EPS, Normalisation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,13 @@ def z_score(stats: dict[str, list[float]]) -> tuple[tuple[float, ...], tuple[flo
 
 
 def quantile(stats: dict[str, list[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Middle and half width between the 1 % and the 99 % quantile, by which those become −1 and 1 (π0.5)."""
-    pairs = list(zip(stats["q01"], stats["q99"], strict=True))
-    return tuple((low + high) / 2 for low, high in pairs), tuple((high - low) / 2 for low, high in pairs)
+    """Mean and deviation that make of `Normalisation` openpi's (x − q01)/(q99 − q01 + 1e-6)·2 − 1 (π0.5)."""
+    halves = [(high - low + EPS) / 2 for low, high in zip(stats["q01"], stats["q99"], strict=True)]
+    middles = tuple(low + half for low, half in zip(stats["q01"], halves, strict=True))
+    return middles, tuple(half - EPS for half in halves)
+
+
+def quantiles_of(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The inverse of `quantile`: q01 and q99."""
+    low = [m - (s + EPS) for m, s in zip(mean, std, strict=True)]
+    return low, [q + 2 * (s + EPS) - EPS for q, s in zip(low, std, strict=True)]

@@ -1,0 +1,136 @@
+"""The tool that names the stage at which two pipelines part finds every suspect that is planted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_policy
+from test_pi0 import TOKENIZER, make_batch, make_config, make_pi0
+
+import launch
+from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import save_policy
+from ript_ray.policies.compare import compare, load_stages, save_stages, stages_of
+from ript_ray.policies.pi0.policy import Pi0Policy
+from ript_ray.policies.pi0.prompt import PromptTokenizer
+from ript_ray.policies.pi0.transform import Pi0Transform
+
+
+class Mirrored(Pi0Transform):
+    def encode_images(self, frames: torch.Tensor) -> torch.Tensor:
+        return super().encode_images(frames.flip(-2))
+
+
+class OtherBase(Pi0Transform):
+    """Adds a later state than the chunk's first."""
+
+    def decode_actions(self, encoded: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return super().decode_actions(encoded, state + 0.02)
+
+
+class TwiceNormalised(Pi0Transform):
+    def encode_state(self, state: torch.Tensor) -> torch.Tensor:
+        return super().encode_state(super().encode_state(state)[..., : len(self.state_mean)])
+
+
+class TwoBeginnings(PromptTokenizer):
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        return super().encode("", begin) + super().encode(text, begin)
+
+
+class RoughTime(Pi0Policy):
+    def velocity(self, conditioned: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return super().velocity(conditioned, x, t.bfloat16().float())
+
+
+def with_transform(kind: type[Pi0Transform]) -> Callable[[Pi0Policy], None]:
+    def plant(policy: Pi0Policy) -> None:
+        policy.transform = kind(**asdict(policy.transform))
+
+    return plant
+
+
+def scale(name: str) -> Callable[[Pi0Policy], None]:
+    def plant(policy: Pi0Policy) -> None:
+        policy.get_parameter(name).data *= 48**0.5
+
+    return plant
+
+
+def two_beginnings(policy: Pi0Policy) -> None:
+    policy.tokenizer = TwoBeginnings(TOKENIZER.file, TOKENIZER.content)
+
+
+def rough_time(policy: Pi0Policy) -> None:
+    policy.__class__ = RoughTime
+
+
+def another_weight(policy: Pi0Policy) -> None:
+    policy.expert.layers[1].mlp.up_proj.weight.data[0] += 1
+
+
+@pytest.mark.parametrize(
+    ("plant", "stage"),
+    [
+        (with_transform(Mirrored), "pixels"),
+        (with_transform(TwiceNormalised), "state"),
+        (with_transform(OtherBase), "action"),
+        (two_beginnings, "tokens"),
+        (scale("words.weight"), "words"),
+        (scale("projector.weight"), "images"),
+        (rough_time, "time embedding 1"),
+        (another_weight, "velocity"),
+    ],
+)
+def test_each_suspect_is_named(plant: Callable[[Pi0Policy], None], stage: str) -> None:
+    batch, good, suspect = make_batch(), make_pi0(make_config()), make_pi0(make_config())
+    plant(suspect)
+    seen = batch.frames, batch.states, batch.instructions
+    result = compare(stages_of(good, *seen), stages_of(suspect, *seen))
+    assert result.first is not None
+    assert result.first.stage == stage
+    assert f"the first stage that differs is '{stage}'" in result.describe()
+    same = compare(stages_of(good, *seen), stages_of(make_pi0(make_config()), *seen))
+    assert same.first is None
+
+
+def test_other_noise_is_named_and_a_moved_base_is_told_in_centimetres() -> None:
+    batch, policy, moved = make_batch(), make_pi0(make_config()), make_pi0(make_config())
+    seen = batch.frames, batch.states, batch.instructions
+    result = compare(stages_of(policy, *seen), stages_of(policy, *seen, noise=torch.randn(3, 50, 32)))
+    assert result.first is not None
+    assert result.first.stage == "noise"
+    with_transform(OtherBase)(moved)
+    far = {d.stage: d for d in compare(stages_of(policy, *seen), stages_of(moved, *seen)).differences}
+    # 0.02 of an action of 1, which is 5 cm.
+    assert far["position cm"].mean == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path) -> None:
+    policy, other = make_pi0(make_config()), make_pi0(make_config())
+    another_weight(other)
+    save_policy(tmp_path / "a", policy)
+    save_policy(tmp_path / "b", other)
+    assert launch.main(["compare", str(tmp_path / "a"), str(tmp_path / "theirs.safetensors")]) == 0
+    assert list(load_stages(tmp_path / "theirs.safetensors"))[:3] == ["frames", "pixels", "images"]
+    result = tmp_path / "result.json"
+    arguments = ["compare", str(tmp_path / "b"), str(tmp_path / "theirs.safetensors"), "--json", str(result)]
+    assert launch.main(arguments) == 0
+    assert json.loads(result.read_text())["first"] == "velocity"
+    (tmp_path / "bad.safetensors").write_bytes(b"\x10")
+    with pytest.raises(UserError, match=r"bad\.safetensors cannot be read"):
+        load_stages(tmp_path / "bad.safetensors")
+
+
+def test_the_small_policy_has_stages_too(tmp_path: Path) -> None:
+    policy, batch = make_policy(), make_batch()
+    save_stages(tmp_path / "s.safetensors", stages_of(policy, batch.frames, batch.states, batch.instructions))
+    stages = load_stages(tmp_path / "s.safetensors")
+    assert list(stages)[:6] == ["frames", "pixels", "tokens", "state", "prefix", "noise"]
+    assert list(stages)[-3:] == ["raw action", "action", "position cm"]

@@ -9,8 +9,10 @@
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
     python launch.py convert SOURCE DIR          a π0 checkpoint of openpi or LeRobot, or random:pi0_tiny, as a policy
     python launch.py compare A B                 where two policies part, stage by stage
+    python launch.py stats DEMOS norm_stats.json normalisation statistics of demonstrations
+    python launch.py export RUN_DIR DIR          the episodes of a run as a LeRobot dataset
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
-    python launch.py bench env|learner|memory    measured speed, as ratios
+    python launch.py bench env|learner|memory|policy   measured speed, as ratios
     python launch.py bench objectives            objectives on equal footing
 
 Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.
@@ -38,7 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
-COMMANDS = ("train", "eval", "guidance", "demos", "sft", "convert", "compare", "replay", "bench", "doctor")
+COMMANDS = (
+    *("doctor", "demos", "sft", "train", "eval", "guidance"),
+    *("convert", "compare", "stats", "export", "replay", "bench"),
+)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -422,40 +427,60 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def convert(subjects: list[str], config: Config) -> dict[str, Any]:
+def convert(source: str, target: str, config: Config) -> dict[str, Any]:
     """A checkpoint in another layout."""
     from ript_ray.policies.pi0.convert import convert
 
-    if len(subjects) != 2:
-        raise UserError("convert: expected a source and a folder to write, for example: convert random:pi0_tiny DIR")
-    result = convert(subjects[0], Path(subjects[1]), config.convert)
-    print(f"{result['target']}: {result['model']}, {result['parameters']:,} parameters, {result['horizon']} actions")
+    result = convert(source, Path(target), config.convert)
+    print(f"{target}: {result['model']}, {result['parameters']:,} parameters, {result['horizon']} actions")
     return result
 
 
-def compare(subjects: list[str], config: Config) -> dict[str, Any]:
-    """Two policies, or files of what another system computed, on the same observations."""
+def compare(first: str, second: str, config: Config) -> dict[str, Any]:
+    """Two policies, or files of what another system computed, on the same observations.
+
+    When the second is a file that does not exist, the first one's stages are written to it.
+    """
     from ript_ray.policies import compare as stages
     from ript_ray.policies.checkpoints import load_policy
 
-    if len(subjects) != 2:
-        raise UserError(
-            "compare: expected two folders of policies or .safetensors files of stages; the second file may be new, "
-            "to be written"
-        )
     seen = stages.observations(Path(config.data.demos), config.env.image_size)
 
     def side(path: Path) -> stages.Stages:
         return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
 
-    first, second = map(Path, subjects)
-    if second.suffix == ".safetensors" and not second.exists():
-        stages.save_stages(second, side(first))
+    if second.endswith(".safetensors") and not Path(second).exists():
+        stages.save_stages(Path(second), side(Path(first)))
         print(f"wrote the stages of {first} to {second}")
-        return {"stages": str(second)}
-    result = stages.compare(side(first), side(second))
+        return {"stages": second}
+    result = stages.compare(side(Path(first)), side(Path(second)))
     print(result.describe())
     return result.to_json()
+
+
+def stats(source: str, target: str, config: Config) -> dict[str, Any]:
+    """Normalisation statistics of demonstrations, as openpi keeps them."""
+    from ript_ray.data.demonstrations import read_demonstrations
+    from ript_ray.data.statistics import norm_stats
+    from ript_ray.reporting import write_json
+
+    chosen = config.convert
+    result = norm_stats(
+        lambda: read_demonstrations(Path(source), config.env.ids[0]), chosen.relative, chosen.horizon or 50
+    )
+    write_json(Path(target), {"norm_stats": result})
+    sizes = {name: len(group["mean"]) for name, group in result.items()}
+    print(f"wrote {target}: {sizes['state']} state and {sizes['actions']} action dimensions")
+    return result
+
+
+def export(run_dir: str, target: str, config: Config) -> dict[str, Any]:
+    """The episodes of a run as a LeRobot dataset."""
+    from ript_ray.data.demonstrations import export_run
+
+    episodes = export_run(Path(run_dir), Path(target), config.data.dataset_version)
+    print(f"wrote {episodes} episodes to {target}")
+    return {"episodes": episodes, "version": config.data.dataset_version}
 
 
 def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
@@ -485,10 +510,12 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return run_benchmark(subjects, config)
     if command == "replay":
         return replay(subjects)
-    if command == "convert":
-        return convert(subjects, config)
-    if command == "compare":
-        return compare(subjects, config)
+    on_files = {"convert": convert, "compare": compare, "stats": stats, "export": export}
+    if command in on_files:
+        if len(subjects) != 2:
+            raise UserError(f"{command}: expected two paths, found {len(subjects)}; see 'python launch.py --help'")
+        source, target = subjects
+        return on_files[command](source, target, config)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
     if command == "doctor":

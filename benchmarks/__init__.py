@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ript_ray.config import Config
 from ript_ray.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from ript_ray.config import Config
 
 
 def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
-    """Run one benchmark (``env``, ``faults``, ``learner``, ``memory`` or ``objectives``) and print its figures.
+    """Run one benchmark and print its figures.
 
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import env, faults, learner, objectives
+    from benchmarks import env, faults, learner, objectives, policy
 
     benchmarks = {
         "env": env.measure,
@@ -23,6 +25,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
         "learner": learner.measure_speed,
         "memory": learner.measure_memory,
         "objectives": objectives.measure,
+        "policy": policy.measure,
     }
     if len(subjects) != 1 or subjects[0] not in benchmarks:
         given = " ".join(subjects)

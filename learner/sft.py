@@ -11,7 +11,7 @@ import torch
 
 from learner.update import Step, update
 from ript_ray.config import Config, ObjectiveConfig
-from ript_ray.data.storage import load_trajectories
+from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.windows import gather, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy
@@ -27,7 +27,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     Returns:
         The policy and the diagnostics of the update.
     """
-    demos = load_trajectories(Path(config.data.demos))
+    demos = list(read_demonstrations(Path(config.data.demos), config.env.ids[0], config.demos.frame_every))
     pool = dict(enumerate(demos))
     windows = [
         Window(i, start) for i, demo in pool.items() for start in seen_starts(demo, config.data.short, config.data.tail)

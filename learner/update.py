@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
 from ript_ray.config import ObjectiveConfig, TrainConfig
+from ript_ray.policies.adapt import add_lora, freeze, merge_lora
 from ript_ray.policies.policy import Policy, sample_time, shift_images
 from ript_ray.types import Batch
 
@@ -93,9 +94,15 @@ def update(
     Raises:
         NonFinite: before a NaN or an infinity could reach the weights.
     """
+    before = _frozen(policy) if compares_with_reference(objective) or (train.anchor > 0 and anchor is None) else None
+    trainable = {name: p.requires_grad for name, p in policy.named_parameters()}
+    freeze(policy, train.freeze)
+    if train.lora_rank:
+        add_lora(policy, train.lora_rank, train.lora_part)
+    if train.checkpoint_activations:
+        policy.checkpoint_activations()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    before = _frozen(policy) if compares_with_reference(objective) or (train.anchor > 0 and anchor is None) else None
     terms = _Terms(policy, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
     average = None
     if train.ema > 0:
@@ -125,6 +132,10 @@ def update(
         norms.append(norm.item())
         if on_step is not None:
             on_step(index, losses[-1])
+    for trained in [policy] if average is None else [policy, average.module]:
+        merge_lora(trained)
+        for name, parameter in trained.named_parameters():
+            parameter.requires_grad_(trainable[name])
     policy.eval()
     tenth = max(1, len(losses) // 10)
     # The average is a deep copy of the policy.

@@ -113,7 +113,9 @@ class DataConfig(_Section):
     """Demonstrations, and how trajectories become windows."""
 
     demos: str = "data/demos/libero_object_0.safetensors"
-    """File of demonstrations, written by ``demos`` and read by ``sft``."""
+    """Demonstrations, written by ``demos`` and read by ``sft``; a LeRobot dataset or LIBERO's HDF5 is read, too."""
+    dataset_version: Literal["v3.0", "v2.1"] = "v3.0"
+    """Format of LeRobot datasets that ``export`` writes."""
     windows: Literal["seen", "all"] = "seen"
     """``seen``: train on windows that start where the policy looked (no frame is rendered for training alone);
     ``all``: on any window; the missing frames of those that are drawn are rendered while the learner trains."""
@@ -192,6 +194,14 @@ class TrainConfig(_Section):
     """Decay of the moving average of the weights, per optimiser step; 0 for none."""
     act_with_ema: bool = True
     """With ``ema``: publish the averaged weights, for rollouts and evaluation, instead of the last ones."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the policy that are not trained, for example [vision, language] of π0."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Train only low-rank changes of linear layers, of this rank, merged at the end of each update; 0: all weights."""
+    lora_part: str = "all"
+    """Where, for example ``expert`` of π0."""
+    checkpoint_activations: bool = False
+    """π0: compute layers again in the backward pass instead of keeping their activations."""
     anchor: float = Field(default=0.0, ge=0.0)
     """Weight of a penalty on the velocity's change since the starting policy, against forgetting."""
     stop_at: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -287,7 +297,7 @@ class ConvertConfig(_Section):
 
 
 class BenchConfig(_Section):
-    """What ``bench objectives`` compares and ``bench faults`` disturbs."""
+    """What ``bench objectives`` compares, ``bench faults`` disturbs and ``bench policy`` measures."""
 
     objectives: tuple[str, ...] = ()
     """Names in ``benchmarks/objectives.py``; all by default."""
@@ -297,6 +307,10 @@ class BenchConfig(_Section):
     """Rollouts and updates in each run."""
     injections: int = Field(default=100, ge=1)
     """Faults that ``bench faults`` injects."""
+    preset: Literal["pi0", "pi05", "pi0_tiny", "pi05_tiny"] = "pi0_tiny"
+    """Sizes of the policy that ``bench policy`` measures."""
+    compiled: bool = False
+    """Let ``torch.compile`` fuse the Euler step in ``bench policy``."""
 
 
 class Config(_Section):

@@ -15,6 +15,7 @@ from learner.update import Step, update
 from ript_ray.algos.objectives import Draw
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.data.windows import gather
+from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, save_policy, weights_sha256
 from ript_ray.policies.pi0.gemma import GemmaSizes
 from ript_ray.policies.pi0.layout import from_openpi, to_openpi
@@ -167,6 +168,50 @@ def test_a_few_steps_of_the_learner_lower_the_loss_and_the_checkpoint_holds_all(
     noise = torch.randn(3, 50, 32)
     seen = batch.frames, batch.states, batch.instructions, noise
     assert torch.equal(loaded.act(*seen)[0], after.act(*seen)[0])
+
+
+def trained_with(**changes: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights before and after a few steps."""
+    policy, batch = make_pi0(make_config()), make_batch()
+    before = cpu_weights(policy)
+    train = TrainConfig(batch_size=3, micro_batch=3, lr=3e-3, image_shift=0, weight_decay=0.0, **changes)
+    after, result = update(
+        policy, [Step([lambda: batch], 3)] * 30, train, ObjectiveConfig(), torch.Generator().manual_seed(0)
+    )
+    assert result["loss"] < result["loss_first"]
+    assert [p.requires_grad for p in after.parameters()] == [
+        p.requires_grad for p in make_pi0(make_config()).parameters()
+    ]
+    return before, cpu_weights(after)
+
+
+def test_frozen_parts_stay_and_the_rest_learns() -> None:
+    before, after = trained_with(freeze=("vision", "language", "words"))
+    for name, tensor in before.items():
+        moved = not torch.equal(tensor, after[name])
+        assert moved == (not name.startswith(("vision", "language", "words"))), name
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_lora_changes_the_linear_layers_of_its_part_by_its_rank(ema: float) -> None:
+    before, after = trained_with(lora_rank=2, lora_part="expert", ema=ema)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        change = after[name] - tensor
+        if name.startswith("expert.layers") and tensor.dim() == 2:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2, name
+        else:
+            assert not change.any(), name
+
+
+def test_parts_that_do_not_exist_are_named() -> None:
+    for changes, message in (
+        ({"freeze": ("vison",)}, "it has action_in_proj, action_out_proj"),
+        ({"lora_rank": 1, "lora_part": "words"}, "no linear layer"),
+        ({"freeze": ("expert",), "lora_rank": 1, "lora_part": "expert"}, "no linear layer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trained_with(**changes)
 
 
 def test_a_policy_of_ten_actions_learns_from_the_first_ten_of_a_window() -> None:

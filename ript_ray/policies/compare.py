@@ -6,6 +6,7 @@ file: a safetensors of the same stages (`save_stages`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ript_ray.data.storage import load_trajectories
+from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.stages import recording
@@ -119,7 +120,7 @@ def observations(demos: Path, image_size: int, count: int = 4) -> tuple[torch.Te
         return torch.from_numpy(frames), torch.from_numpy(states), ["pick up the bowl"] * count
     looks = [
         (demo.frames[i], demo.states[step], demo.instruction)
-        for demo in load_trajectories(demos)[:count]
+        for demo in itertools.islice(read_demonstrations(demos, "libero_object/0"), count)
         for i, step in enumerate(demo.frame_steps[:count])
     ][:count]
     seen, felt, said = zip(*looks, strict=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from ript_ray.errors import UserError
 from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
 from ript_ray.policies.stages import note
 from ript_ray.policies.transform import Normalisation
@@ -62,6 +63,10 @@ class Policy(nn.Module, abc.ABC):
             x: noisy chunks, float32[N, T, D].
             t: times in (0, 1], float32[N].
         """
+
+    def checkpoint_activations(self) -> None:
+        """Compute layers again in the backward pass instead of keeping their activations."""
+        raise UserError(f"train.checkpoint_activations: a policy of type {self.kind!r} is too small to need it")
 
     def error_weight(self, t: torch.Tensor) -> torch.Tensor:
         """w(t) of the flow-matching loss w(t)·(v − u)²: float32[B]; 1, as in π0."""

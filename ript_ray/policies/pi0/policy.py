@@ -190,7 +190,6 @@ class Pi0Policy(Policy):
             return self.action_out_proj(hidden.float())
 
     def checkpoint_activations(self) -> None:
-        """Compute layers again in the backward pass instead of keeping their activations."""
         self.vision.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.language.checkpointing = self.expert.checkpointing = True
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from ript_ray.config import Config, load_config, resolve, save_config
 from ript_ray.errors import UserError
+from ript_ray.tools import TOOLS, run_tool
 
 if TYPE_CHECKING:
     from cluster.tracking import Tracker
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
-COMMANDS = (
-    *("doctor", "demos", "sft", "train", "eval", "guidance"),
-    *("convert", "compare", "stats", "export", "replay", "bench"),
-)
+COMMANDS = ("doctor", "demos", "sft", "train", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -230,22 +228,6 @@ def sft(config: Config, run_dir: Path) -> dict[str, Any]:
     return diagnostics | {"output": str(folder), "weights_sha256": weights_sha256(cpu_weights(policy))}
 
 
-def replay(files: list[str]) -> dict[str, Any]:
-    """Play a recorded episode again, compare the simulator's state at every step, and write a video beside it."""
-    from ript_ray.replay import replay_episode
-    from ript_ray.reporting import write_video
-
-    if len(files) != 1:
-        raise UserError(f"replay {' '.join(files)!r}: name one file of a run's episodes folder")
-    file = Path(files[0])
-    result, frames = replay_episode(file)
-    video = file.with_suffix(".mp4")
-    write_video(video, frames, 10.0)
-    print(result.describe())
-    print(f"  video in {video}")
-    return result.to_json() | {"video": str(video)}
-
-
 def summarise(
     config: Config,
     base: dict[str, Any],
@@ -427,62 +409,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def convert(source: str, target: str, config: Config) -> dict[str, Any]:
-    """A checkpoint in another layout."""
-    from ript_ray.policies.pi0.convert import convert
-
-    result = convert(source, Path(target), config.convert)
-    print(f"{target}: {result['model']}, {result['parameters']:,} parameters, {result['horizon']} actions")
-    return result
-
-
-def compare(first: str, second: str, config: Config) -> dict[str, Any]:
-    """Two policies, or files of what another system computed, on the same observations.
-
-    When the second is a file that does not exist, the first one's stages are written to it.
-    """
-    from ript_ray.policies import compare as stages
-    from ript_ray.policies.checkpoints import load_policy
-
-    seen = stages.observations(Path(config.data.demos), config.env.image_size)
-
-    def side(path: Path) -> stages.Stages:
-        return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
-
-    if second.endswith(".safetensors") and not Path(second).exists():
-        stages.save_stages(Path(second), side(Path(first)))
-        print(f"wrote the stages of {first} to {second}")
-        return {"stages": second}
-    result = stages.compare(side(Path(first)), side(Path(second)))
-    print(result.describe())
-    return result.to_json()
-
-
-def stats(source: str, target: str, config: Config) -> dict[str, Any]:
-    """Normalisation statistics of demonstrations, as openpi keeps them."""
-    from ript_ray.data.demonstrations import read_demonstrations
-    from ript_ray.data.statistics import norm_stats
-    from ript_ray.reporting import write_json
-
-    chosen = config.convert
-    result = norm_stats(
-        lambda: read_demonstrations(Path(source), config.env.ids[0]), chosen.relative, chosen.horizon or 50
-    )
-    write_json(Path(target), {"norm_stats": result})
-    sizes = {name: len(group["mean"]) for name, group in result.items()}
-    print(f"wrote {target}: {sizes['state']} state and {sizes['actions']} action dimensions")
-    return result
-
-
-def export(run_dir: str, target: str, config: Config) -> dict[str, Any]:
-    """The episodes of a run as a LeRobot dataset."""
-    from ript_ray.data.demonstrations import export_run
-
-    episodes = export_run(Path(run_dir), Path(target), config.data.dataset_version)
-    print(f"wrote {episodes} episodes to {target}")
-    return {"episodes": episodes, "version": config.data.dataset_version}
-
-
 def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
     """Go on with an interrupted training run, with its own configuration."""
     if command != "train":
@@ -508,14 +434,8 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from benchmarks import run_benchmark
 
         return run_benchmark(subjects, config)
-    if command == "replay":
-        return replay(subjects)
-    on_files = {"convert": convert, "compare": compare, "stats": stats, "export": export}
-    if command in on_files:
-        if len(subjects) != 2:
-            raise UserError(f"{command}: expected two paths, found {len(subjects)}; see 'python launch.py --help'")
-        source, target = subjects
-        return on_files[command](source, target, config)
+    if command in TOOLS:
+        return run_tool(command, subjects, config)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
     if command == "doctor":

@@ -38,15 +38,16 @@ from ript_ray.types import Context, Shard, Trajectory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": {"name": "imitation"}},
-    "cfg": {"objective": {"name": "cfg"}},
-    "label_dropout": {"objective": {"name": "label_dropout"}},
+    "cfg": {"objective": {"name": "cfg"}, "scales": (1.0, 2.0)},
+    "label_dropout": {"objective": {"name": "label_dropout"}, "scales": (1.0, 2.0)},
     "advantage_weighted": {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
     "advantage_weighted, hinge": {"objective": {"name": "advantage_weighted", "negatives": "hinge"}},
     "nft": {"objective": {"name": "nft"}},
     "fpo": {"objective": {"name": "fpo"}},
     "flow_sde": {"objective": {"name": "flow_sde"}},
 }
-"""What is compared: the settings in which each differs from the configuration."""
+"""What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
+is evaluated, 1 by default. `cfg` at scale 1 is imitation of successes alone; at scale 2 the failures have a say."""
 
 
 @dataclass(slots=True)
@@ -84,9 +85,10 @@ class _Players:
 
 @dataclass(slots=True)
 class _Run:
-    """One objective with one seed."""
+    """One objective with one seed, evaluated at one scale of guidance."""
 
     objective: str
+    """With the scale where it is not 1."""
     seed: int
     episodes: list[int] = field(default_factory=lambda: [0])
     """Tried so far, at each evaluation."""
@@ -129,9 +131,9 @@ def measure(config: Config) -> dict[str, Any]:
         players.adopt(start)
         contexts = evaluation_contexts(config)["held_out"]
         if "base" not in result:
-            result["base"] = sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0))
+            result["base"] = sum(t.success for t in players.play(contexts, 1.0, 0.0))
         for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
-            missing = [name for name in names if (name, seed) not in done]
+            missing = [name for name in names if (_label(name, _scales(name)[-1]), seed) not in done]
             if not missing:
                 continue
             players.adopt(start)
@@ -140,9 +142,8 @@ def measure(config: Config) -> dict[str, Any]:
             first = _collect(players, sampler)
             first_seconds = time.perf_counter() - began
             for name in missing:
-                run = _Run(name, seed, successes=[result["base"]])
-                _learn(config, players, start, run, (first, first_seconds))
-                result["runs"].append(asdict(run))
+                runs = _learn(config, players, start, (name, seed, result["base"]), (first, first_seconds))
+                result["runs"] += [asdict(run) for run in runs]
                 result["table"] = _table(result["runs"], len(contexts))
                 write_json(folder / "objectives.json", result)
                 plot(folder / "objectives.png", result, len(contexts))
@@ -160,10 +161,25 @@ def _begun(file: Path, config: Config) -> dict[str, Any]:
     return {"benchmark": "objectives", "env": config.env.id, "settings": settings, "runs": []}
 
 
-def _learn(config: Config, players: _Players, start: Policy, run: _Run, shared: tuple[list[_Group], float]) -> None:
-    """All rounds of one run: collect (the first time: take what is shared), update from the start, evaluate."""
-    train, objective = _settings(config, run.objective)
-    sampler = ContextSampler(training_starts(config.env), config.sampling, run.seed)
+def _learn(
+    config: Config, players: _Players, start: Policy, which: tuple[str, int, int], shared: tuple[list[_Group], float]
+) -> list[_Run]:
+    """All rounds of one objective: collect (the first time: take what is shared), update from the start, evaluate.
+
+    Args:
+        config: of the comparison.
+        players: play.
+        start: the starting policy.
+        which: name of the variant, seed, and successes of the starting policy.
+        shared: the first round's rollouts, and the seconds that they took.
+
+    Returns:
+        One run for each scale of guidance.
+    """
+    name, seed, base = which
+    train, objective = _settings(config, name)
+    runs = {scale: _Run(_label(name, scale), seed, successes=[base]) for scale in _scales(name)}
+    sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
     contexts = evaluation_contexts(config)["held_out"]
     groups: list[_Group] = []
     for index in range(config.bench.rounds):
@@ -174,13 +190,25 @@ def _learn(config: Config, players: _Players, start: Policy, run: _Run, shared: 
         groups += new
         policy = copy.deepcopy(start)
         began = time.perf_counter()
-        acting = _update(policy, groups, train, objective, config, run.seed * 1009 + index)
-        run.update_seconds.append(time.perf_counter() - began)
-        run.training_rates.append(float(np.mean([group.rewards for group in new])))
-        run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
-        run.seconds.append(run.seconds[-1] + seconds + run.update_seconds[-1])
+        acting = _update(policy, groups, train, objective, config, seed * 1009 + index)
+        took = time.perf_counter() - began
         players.adopt(acting)
-        run.successes.append(sum(t.success for t in players.play(contexts, config.eval.guidance, 0.0)))
+        for scale, run in runs.items():
+            run.update_seconds.append(took)
+            run.training_rates.append(float(np.mean([group.rewards for group in new])))
+            run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
+            run.seconds.append(run.seconds[-1] + seconds + took)
+            run.successes.append(sum(t.success for t in players.play(contexts, scale, 0.0)))
+    return list(runs.values())
+
+
+def _scales(name: str) -> tuple[float, ...]:
+    scales: tuple[float, ...] = VARIANTS[name].get("scales", (1.0,))
+    return scales
+
+
+def _label(name: str, scale: float) -> str:
+    return name if scale == 1.0 else f"{name}, w = {scale:g}"
 
 
 def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | None = None) -> list[_Group]:

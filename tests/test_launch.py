@@ -198,21 +198,23 @@ def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
     done = launch("bench", "objectives", "--config", config, *settings, "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert [run["objective"] for run in result["runs"]] == ["cfg", "imitation", "flow_sde"]
+    assert [run["objective"] for run in result["runs"]] == ["cfg", "cfg, w = 2", "imitation", "flow_sde"]
     for run in result["runs"]:
         assert run["episodes"] == [0, 2, 4]
         assert len(run["successes"]) == 3
         assert run["seconds"] == sorted(run["seconds"])
     # The first round is the same for all.
     assert len({run["training_rates"][0] for run in result["runs"]}) == 1
-    assert {row["objective"]: row["episodes"] for row in result["table"]} == {"cfg": 2, "imitation": 2, "flow_sde": 2}
+    assert {row["objective"]: row["episodes"] for row in result["table"]} == dict.fromkeys(
+        ("cfg", "cfg, w = 2", "imitation", "flow_sde"), 2
+    )
     assert json.loads((tmp_path / "run" / "objectives.json").read_text()) == result
     assert (tmp_path / "run" / "objectives.png").stat().st_size > 10_000
     # What was done is not done again, and other settings are not mixed with it.
     done = launch("bench", "objectives", "--config", config, *settings, "bench.objectives=[nft]", "--json", str(file))
     assert done.returncode == 0, done.stderr
-    assert json.loads(file.read_text())["runs"][:3] == result["runs"]
-    assert json.loads(file.read_text())["runs"][3]["objective"] == "nft"
+    assert json.loads(file.read_text())["runs"][:4] == result["runs"]
+    assert json.loads(file.read_text())["runs"][4]["objective"] == "nft"
     done = launch("bench", "objectives", "--config", config, *settings, "train.lr=1e-3")
     assert "is of other settings; choose another run.dir" in done.stderr
     done = launch("bench", "objectives", "--config", config, "bench.objectives=[cgf]")

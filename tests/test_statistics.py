@@ -48,6 +48,6 @@ def test_the_command_writes_openpi_s_file(tmp_path: Path, capsys: pytest.Capture
     assert launch.main(["stats", str(tmp_path / "demos.safetensors"), str(target)]) == 0
     assert set(json.loads(target.read_text())["norm_stats"]) == {"state", "actions"}
     assert launch.main(["stats", str(target)]) == 2
-    assert "expected two paths, found 1" in capsys.readouterr().err
+    assert "expected 2 paths, found 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no demonstrations"):
         norm_stats(lambda: iter([]))

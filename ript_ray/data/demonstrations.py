@@ -1,0 +1,104 @@
+"""Demonstrations from whatever file or folder holds them, and rollouts as a dataset for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ript_ray.algos.advantages import leave_one_out
+from ript_ray.data.lerobot.layout import Version
+from ript_ray.data.lerobot.read import read_dataset
+from ript_ray.data.lerobot.write import write_dataset
+from ript_ray.data.storage import load_episode, load_trajectories
+from ript_ray.envs import World, make
+from ript_ray.errors import UserError
+from ript_ray.rollout import Recorder
+from ript_ray.types import Start, Trajectory
+
+
+def read_demonstrations(path: Path, env_id: str, every: int = 1) -> Iterator[Trajectory]:
+    """Trajectories of a file of this project, a LeRobot dataset (a folder) or LIBERO's HDF5, one at a time.
+
+    Args:
+        path: of the file or folder.
+        env_id: task that the contexts of foreign demonstrations name.
+        every: of foreign ones keep only the frames of every so-many-th step.
+
+    Raises:
+        UserError: when it is missing, damaged or of none of these kinds.
+    """
+    if path.is_dir():
+        return read_dataset(path, env_id=env_id, every=every)
+    if path.suffix in (".hdf5", ".h5"):
+        from ript_ray.data.hdf5 import read_hdf5
+
+        return read_hdf5(path, env_id=env_id, every=every)
+    return iter(load_trajectories(path))
+
+
+def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size: int | None = None) -> int:
+    """Write the recorded episodes of a run as a LeRobot dataset, with frames before every step.
+
+    The episodes are played again, which gives the same frames, states and outcomes. ``advantages`` are leave-one-out
+    over the episodes of the run that share a start and a policy version; those without others have none, 0.
+
+    Args:
+        run_dir: of the run.
+        root: of the dataset, a folder that does not exist or is empty.
+        version: of the format.
+        image_size: of the frames, in pixels; as in the run by default.
+
+    Returns:
+        The number of episodes.
+
+    Raises:
+        UserError: when there are none, one cannot be read, or one does not go as it was recorded.
+    """
+    files = sorted((run_dir / "episodes").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{run_dir} holds no recorded episodes; expected the directory of a run of train or eval")
+    groups: dict[tuple[Start, int], list[float]] = {}
+    for file in files:
+        record, _ = load_episode(file)
+        groups.setdefault((record.context.start, record.policy_version), []).append(float(record.success))
+
+    def advantage(_: int, trajectory: Trajectory) -> float:
+        rewards = np.array(groups[trajectory.context.start, trajectory.policy_version])
+        if len(rewards) < 2:
+            return 0.0
+        return float(leave_one_out(rewards)[rewards == trajectory.reward][0])
+
+    write_dataset(
+        root,
+        _played_again(files, image_size),
+        version=version,
+        columns=("success", "policy_version", "init_hash", "action_is_pad"),
+        advantages=advantage,
+    )
+    return len(files)
+
+
+def _played_again(files: list[Path], image_size: int | None) -> Iterator[Trajectory]:
+    """The whole trajectories of recorded episodes."""
+    env: World | None = None
+    for file in files:
+        record, _ = load_episode(file)
+        if env is None or env.id != record.context.env_id:
+            if env is not None:
+                env.close()
+            env = make(record.context.env_id, image_size or record.image_size, record.max_steps)
+        observation, _ = env.reset(**record.context.reset_arguments())
+        recorder = Recorder(env, record.context)
+        success = False
+        for action in record.actions:
+            recorder.look(observation)
+            recorder.add(observation, action)
+            observation, _, success, _, _ = env.step(action)
+        trajectory = recorder.finish(success, record.policy_version)
+        if not np.array_equal(trajectory.state_hashes, record.state_hashes):
+            raise UserError(f"{file} does not go as it was recorded; 'python launch.py replay {file}' tells where")
+        yield trajectory
+    if env is not None:
+        env.close()

@@ -1,0 +1,104 @@
+"""Commands on files, without Ray: each takes paths and the configuration, says what it did and returns its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ript_ray.config import Config
+from ript_ray.errors import UserError
+
+
+def replay(file: str, config: Config) -> dict[str, Any]:
+    """Play a recorded episode again, compare the simulator's state at every step, and write a video beside it."""
+    from ript_ray.replay import replay_episode
+    from ript_ray.reporting import write_video
+
+    result, frames = replay_episode(Path(file))
+    video = Path(file).with_suffix(".mp4")
+    write_video(video, frames, 10.0)
+    print(result.describe())
+    print(f"  video in {video}")
+    return result.to_json() | {"video": str(video)}
+
+
+def convert(source: str, target: str, config: Config) -> dict[str, Any]:
+    """A checkpoint in another layout."""
+    from ript_ray.policies.pi0.convert import convert
+
+    result = convert(source, Path(target), config.convert)
+    print(f"{target}: {result['model']}, {result['parameters']:,} parameters, {result['horizon']} actions")
+    return result
+
+
+def compare(first: str, second: str, config: Config) -> dict[str, Any]:
+    """Two policies, or files of what another system computed, on the same observations.
+
+    When the second is a file that does not exist, the first one's stages are written to it.
+    """
+    from ript_ray.policies import compare as stages
+    from ript_ray.policies.checkpoints import load_policy
+
+    seen = stages.observations(Path(config.data.demos), config.env.image_size)
+
+    def side(path: Path) -> stages.Stages:
+        return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
+
+    if second.endswith(".safetensors") and not Path(second).exists():
+        stages.save_stages(Path(second), side(Path(first)))
+        print(f"wrote the stages of {first} to {second}")
+        return {"stages": second}
+    result = stages.compare(side(Path(first)), side(Path(second)))
+    print(result.describe())
+    return result.to_json()
+
+
+def stats(source: str, target: str, config: Config) -> dict[str, Any]:
+    """Normalisation statistics of demonstrations, as openpi keeps them."""
+    from ript_ray.data.demonstrations import read_demonstrations
+    from ript_ray.data.statistics import norm_stats
+    from ript_ray.reporting import write_json
+
+    chosen = config.convert
+    result = norm_stats(
+        lambda: read_demonstrations(Path(source), config.env.ids[0]), chosen.relative, chosen.horizon or 50
+    )
+    write_json(Path(target), {"norm_stats": result})
+    sizes = {name: len(group["mean"]) for name, group in result.items()}
+    print(f"wrote {target}: {sizes['state']} state and {sizes['actions']} action dimensions")
+    return result
+
+
+def export(run_dir: str, target: str, config: Config) -> dict[str, Any]:
+    """The episodes of a run as a LeRobot dataset."""
+    from ript_ray.data.demonstrations import export_run
+
+    episodes = export_run(Path(run_dir), Path(target), config.data.dataset_version)
+    print(f"wrote {episodes} episodes to {target}")
+    return {"episodes": episodes, "version": config.data.dataset_version}
+
+
+TOOLS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
+    "convert": (convert, 2),
+    "compare": (compare, 2),
+    "stats": (stats, 2),
+    "export": (export, 2),
+    "replay": (replay, 1),
+}
+"""By command, with the number of paths that each takes."""
+
+
+def run_tool(command: str, paths: list[str], config: Config) -> dict[str, Any]:
+    """Run one of `TOOLS`.
+
+    Raises:
+        UserError: for another number of paths than it takes, and what the tool itself finds wrong.
+    """
+    tool, count = TOOLS[command]
+    if len(paths) != count:
+        raise UserError(
+            f"{command} {' '.join(paths)!r}: expected {count} path{'s' * (count > 1)}, found {len(paths)}; "
+            "see 'python launch.py --help'"
+        )
+    return tool(*paths, config)

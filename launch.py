@@ -51,6 +51,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     When one of the processes that cannot be replaced dies, all start again and go on from the journal; a failure that
     comes again before anything new was played or learnt ends the run after ``scaling.max_restarts`` times.
     """
+    from actors.journal import work_done
     from cluster.tracking import tracking
 
     survived: list[str] = []
@@ -74,14 +75,6 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
                 log.exception("starting again, %d of %d", restarts, config.scaling.max_restarts)
                 print(f"\n{reason}; starting again from what is on disk", file=sys.stderr)
                 time.sleep(2.0**restarts)
-
-
-def work_done(run_dir: Path) -> int:
-    """Outcomes that the journal holds, and updates."""
-    journal = run_dir / "journal.jsonl"
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    outcomes = sum('"kind": "played"' in line or '"kind": "collected"' in line for line in lines)
-    return outcomes + len(list((run_dir / "checkpoints").glob("[0-9]*")))
 
 
 def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, survived: list[str]) -> dict[str, Any]:
@@ -341,7 +334,7 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
     from ript_ray.policies.checkpoints import to_publish
 
     store = spawn(WeightStore, name="WeightStore")
-    ray.get(store.publish.remote(version, *to_publish(policy)), timeout=60)
+    ray.get(store.publish.remote(version, *to_publish(policy, config.policy.precision)), timeout=60)
     return store, start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 

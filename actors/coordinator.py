@@ -43,6 +43,7 @@ from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config, SamplingConfig
+from ript_ray.data.lines import read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.types import Context
@@ -174,7 +175,7 @@ class Coordinator:
         for fault in survived:
             self._journal.fault(fault)
         self._totals = _Totals(errors=[*self._journal.faults, *survived])
-        self._rows = _read_rows(self._metrics)
+        self._rows = [] if self._metrics is None else read_json_lines(self._metrics, repair=True)
         self._logged = {_row_key(row) for row in self._rows}
         self._learner_starts = 0
         self._lock = threading.Lock()
@@ -482,15 +483,6 @@ class Coordinator:
             self._done += 1
             if self._stage in self._finished:
                 self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
-
-
-def _read_rows(file: Path | None) -> list[dict[str, Any]]:
-    """The metrics of earlier sessions; a last line that was cut short is left out."""
-    if file is None or not file.exists():
-        return []
-    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    file.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
 
 
 def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:

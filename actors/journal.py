@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from actors.rollout import EpisodeReport
+from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
 from ript_ray.types import Context
 
@@ -38,8 +39,7 @@ class Journal:
 
     def __init__(self, run_dir: Path | None) -> None:
         self._file = None if run_dir is None else run_dir / _NAME
-        self.episodes = None if run_dir is None else run_dir / "episodes"
-        """Folder of the recorded episodes."""
+        self._episodes = None if run_dir is None else run_dir / "episodes"
         self.sessions = 1
         """How often the run was started, this time included."""
         self.faults: list[str] = []
@@ -53,7 +53,7 @@ class Journal:
         self._out = self._file.open("a")
         _lock(self._out)
         began = 0.0
-        for entry in _read(self._file):
+        for entry in read_json_lines(self._file, repair=True):
             self.seconds_before += max(0.0, entry["time"] - began) if entry["kind"] != "session" else 0.0
             began = entry["time"]
             if entry["kind"] == "session":
@@ -76,7 +76,7 @@ class Journal:
 
     def episode_file(self, number: int) -> Path | None:
         """Where an episode is recorded."""
-        return None if self.episodes is None else self.episodes / f"{number:06d}.safetensors"
+        return None if self._episodes is None else self._episodes / f"{number:06d}.safetensors"
 
     def played(self, number: int, report: EpisodeReport) -> None:
         """Note that an episode was played."""
@@ -127,21 +127,12 @@ def _lock(file: TextIO) -> None:
         time.sleep(0.2)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """All entries. A last line that was cut short by the end of its process is removed from the file."""
-    lines = file.read_bytes().splitlines(keepends=True)
-    entries = []
-    for i, line in enumerate(lines):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("cut short")
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
-                raise UserError(
-                    f"{file}: line {i + 1} is damaged ({error}); cut the file before it to resume from there, which "
-                    "plays everything after it again"
-                ) from error
-            with file.open("r+b") as damaged:
-                damaged.truncate(sum(map(len, lines[:-1])))
-    return entries
+def read_journal(run_dir: Path) -> list[dict[str, Any]]:
+    """All entries of a run so far, while it goes on or later."""
+    return read_json_lines(run_dir / _NAME)
+
+
+def work_done(run_dir: Path) -> int:
+    """Outcomes that the journal holds, and updates."""
+    outcomes = sum(entry["kind"] in ("played", "collected") for entry in read_journal(run_dir))
+    return outcomes + len(list((run_dir / "checkpoints").glob("[0-9]*")))

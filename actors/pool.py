@@ -9,6 +9,7 @@ No frame is asked for that no window of a sealed step needs, hence none of a rej
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -176,6 +177,7 @@ class SamplePool:
             "staleness": {
                 "mean": float(np.mean(count.staleness)) if count.staleness else 0.0,
                 "max": max(count.staleness, default=0),
+                "histogram": {str(age): n for age, n in sorted(Counter(count.staleness).items())},
                 "dropped": count.stale_dropped,
             },
             "advantages": asdict(count.advantages),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
-from ript_ray.policies.checkpoints import build_policy
+from ript_ray.policies.checkpoints import build_policy, from_published
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Context, EpisodeRecord, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
@@ -187,9 +186,7 @@ class RolloutActor:
         if found is not None:
             version, (reference,) = found
             arrays = ray.get(reference, timeout=self._config.scaling.wait_timeout_s)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*not writable.*")
-                weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            weights = from_published(arrays)
             self._policy = build_policy(self._description, weights, share=True).to(self._device)
             self._policy.requires_grad_(False)
             self._version = version

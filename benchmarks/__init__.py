@@ -17,9 +17,10 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import env, faults, learner, objectives, policy
+    from benchmarks import control, env, faults, learner, objectives, policy
 
     benchmarks = {
+        "control": control.measure,
         "env": env.measure,
         "faults": faults.measure,
         "learner": learner.measure_speed,

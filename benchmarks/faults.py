@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from actors.journal import read_journal, work_done
 from ript_ray.config import Config, save_config
 from ript_ray.errors import UserError
 from ript_ray.reporting import write_json
@@ -80,14 +81,7 @@ class _Job:
 
     def played(self) -> list[int]:
         """Numbers of the episodes in the journal."""
-        file = self.folder / "journal.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [entry["number"] for entry in entries if entry["kind"] == "played"]
-
-    def work_done(self) -> int:
-        """Episodes and updates so far."""
-        return len(self.played()) + len(list((self.folder / "checkpoints").glob("[0-9]*")))
+        return [entry["number"] for entry in read_journal(self.folder) if entry["kind"] == "played"]
 
     def wait(self, until: Callable[[], bool]) -> bool:
         """Wait for something, or for the end of the job; whether it came within the time limit."""
@@ -186,12 +180,12 @@ def _with_start(config: Config, folder: Path) -> Config:
 def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
     """Wait until the job gets on, hit it, and wait until it gets on again; None if it had finished before."""
     title, how = FAULTS[fault]
-    goal = job.work_done() + rng.randint(1, 20)
+    goal = work_done(job.folder) + rng.randint(1, 20)
     pid: list[int | None] = [None]
 
     def there() -> bool:
         pid[0] = job.find(title)
-        return pid[0] is not None and job.work_done() >= goal
+        return pid[0] is not None and work_done(job.folder) >= goal
 
     job.wait(there)
     if job.has_ended() or pid[0] is None:
@@ -222,8 +216,8 @@ def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
 
 def _gets_on(job: _Job) -> bool:
     """Is something played or learnt from now on?"""
-    done = job.work_done()
-    return job.wait(lambda: job.work_done() > done) and job.work_done() > done
+    done = work_done(job.folder)
+    return job.wait(lambda: work_done(job.folder) > done) and work_done(job.folder) > done
 
 
 def _table(injections: list[_Injection]) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ class _Players:
     def adopt(self, policy: Policy) -> None:
         """Act with this policy from now on."""
         self.version += 1
-        ray.get(self.store.publish.remote(self.version, *to_publish(policy)), timeout=60)
+        ray.get(self.store.publish.remote(self.version, *to_publish(policy, self.config.policy.precision)), timeout=60)
 
     def play(self, contexts: Sequence[Context], guidance: float, explore: float) -> list[Trajectory]:
         """One episode of each context, in their order."""

@@ -53,8 +53,9 @@ def measure_policy(
         "torch": torch.__version__,
     }
     result["training"] = _measure_training(policy, train_batch, rounds)
-    policy.requires_grad_(False).eval().to(dtype)
-    _small_parts_in_float32(policy)
+    policy.requires_grad_(False).eval()
+    for name, parameter in policy.named_parameters():
+        parameter.data = parameter.data if policy.keeps_exact(name) else parameter.data.to(dtype)
     theirs = None if policy.config.pi05 else _transformers_pi0(policy).to(dtype)
     if compiled:
         policy.velocity = torch.compile(policy.velocity, mode="max-autotune-no-cudagraphs")  # type: ignore[method-assign]
@@ -113,14 +114,6 @@ def training_flops(config: Pi0Config, batch: int) -> float:
         + acted * (acting + acting_attention)
     )
     return 6.0 * batch * tokens
-
-
-def _small_parts_in_float32(policy: Pi0Policy) -> None:
-    """What openpi keeps exact: norms, places of patches, and the projections of states, actions and times."""
-    exact = ("action_", "state_proj", "time_mlp", "condition", "vision.embeddings", "language.norm", "expert.norm")
-    for name, module in policy.named_modules():
-        if name.startswith(exact) or "layernorm" in name.rsplit(".", 1)[-1]:
-            module.float()
 
 
 def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) -> dict[str, Any]:

@@ -95,20 +95,19 @@ def train_loop(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if config.scaling.learner_gpus > 0 else torch.device("cpu")
     torch.set_num_threads(config.scaling.learner_threads)
     start = ray.get(settings["weights"][0], timeout=limit)
-    policy = build_policy(settings["description"], start).to(device)
+    policy = build_policy(settings["description"], start).float().to(device)
     anchored = config.train.anchor > 0
-    anchor = build_policy(settings["description"], start).to(device).requires_grad_(False) if anchored else None
+    anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
     memory = PeakMemory()
     run_dir = Path(settings["run_dir"])
     checkpoints = run_dir / "checkpoints"
     first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
     if published is not None:  # the group was restarted: the updates so far are done
-        first, (newest,) = published
-        policy.load_state_dict({name: torch.tensor(array) for name, array in ray.get(newest, timeout=limit).items()})
+        first = published[0]
         unaveraged = checkpoints / _UNAVERAGED.format(first)
-        if unaveraged.exists():
-            policy.load_state_dict(load_policy(unaveraged).state_dict())
+        newest = unaveraged if unaveraged.exists() else checkpoints / f"{first:04d}"
+        policy.load_state_dict(load_policy(newest).state_dict())
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -129,7 +128,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         acting, diagnostics = _learn(policy, anchor, shard, frames, config, rank, coordinator, memory, run_dir)
         busy = time.perf_counter() - began
         if rank == 0:
-            arrays, sha256 = to_publish(acting)
+            arrays, sha256 = to_publish(acting, config.policy.precision)
             folder = checkpoints / f"{step + 1:04d}"
             if acting is not policy and not config.train.restart:
                 save_policy(checkpoints / _UNAVERAGED.format(step + 1), policy)

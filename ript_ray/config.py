@@ -61,6 +61,8 @@ class PolicyConfig(_Section):
     """Folder of the starting policy."""
     execute: int = Field(default=10, ge=1, le=50)
     """Actions executed of each predicted chunk of 50."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which actors hold a π0; norms and small projections stay in float32, and so does what is trained."""
     denoise_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions."""
     guidance: float = Field(default=1.0, ge=0.0)
@@ -307,6 +309,8 @@ class BenchConfig(_Section):
     """Rollouts and updates in each run."""
     injections: int = Field(default=100, ge=1)
     """Faults that ``bench faults`` injects."""
+    simulated: int = Field(default=1000, ge=1)
+    """Rollout actors that ``bench control`` simulates."""
     preset: Literal["pi0", "pi05", "pi0_tiny", "pi05_tiny"] = "pi0_tiny"
     """Sizes of the policy that ``bench policy`` measures."""
     compiled: bool = False

@@ -79,6 +79,9 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert summary["episodes"] == 14
     assert summary["groups"] == {"accepted": 2, "rejected": 0}
     assert summary["samples"]["trained"] > 0
+    # The first update's samples are trained on twice.
+    histogram = summary["staleness"].pop("histogram")
+    assert histogram["0"] == 2 * histogram["1"]
     assert summary["staleness"] == {"mean": pytest.approx(1 / 3), "max": 1, "dropped": 0}
     assert {"total", "rollout", "render", "physics", "inference", "learner_busy", "learner_idle"} <= set(
         summary["seconds"]

@@ -16,7 +16,15 @@ from ript_ray.algos.objectives import Draw
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.data.windows import gather
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import cpu_weights, load_policy, save_policy, weights_sha256
+from ript_ray.policies.checkpoints import (
+    build_policy,
+    cpu_weights,
+    from_published,
+    load_policy,
+    save_policy,
+    to_publish,
+    weights_sha256,
+)
 from ript_ray.policies.pi0.gemma import GemmaSizes
 from ript_ray.policies.pi0.layout import from_openpi, to_openpi
 from ript_ray.policies.pi0.policy import Pi0Config, Pi0Policy, VisionSizes
@@ -212,6 +220,20 @@ def test_parts_that_do_not_exist_are_named() -> None:
     ):
         with pytest.raises(UserError, match=message):
             trained_with(**changes)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_actors_may_hold_half_the_bytes(pi05: bool) -> None:
+    policy, batch = make_pi0(make_config(pi05)), make_batch()
+    arrays, sha256 = to_publish(policy, "bfloat16")
+    assert sha256 == weights_sha256(cpu_weights(policy))
+    acting = build_policy(policy.describe(), from_published(arrays), share=True)
+    kinds = {name: tensor.dtype for name, tensor in acting.state_dict().items()}
+    assert kinds["language.layers.0.mlp.up_proj.weight"] == kinds["vision.post_layernorm.weight"] == torch.bfloat16
+    assert kinds["action_in_proj.weight"] == kinds["language.layers.0.input_layernorm.weight"] == torch.float32
+    noise = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
+    exact, rough = (p.act(batch.frames, batch.states, batch.instructions, noise)[0] for p in (policy, acting))
+    assert 0 < (exact - rough).abs().mean() < 0.03 * exact.std()
 
 
 def test_a_policy_of_ten_actions_learns_from_the_first_ten_of_a_window() -> None:

@@ -78,7 +78,12 @@ def test_nothing_stale_is_served_and_what_is_dropped_is_counted(tiny_config: Con
     ray.get(pool.seal.remote(2))
     shard = ray.get(pool.next_shard.remote(2, 0, 1, 5.0))
     assert set(shard.trajectories) == {4, 5, 6, 7}
-    assert ray.get(pool.stats.remote())["staleness"] == {"mean": 0.0, "max": 0, "dropped": 4}
+    assert ray.get(pool.stats.remote())["staleness"] == {
+        "mean": 0.0,
+        "max": 0,
+        "histogram": {"0": 4},
+        "dropped": 4,
+    }
 
 
 def test_a_trajectory_is_stored_once() -> None:

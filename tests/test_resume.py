@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from test_faults import point_policy
 
+from actors.journal import read_journal
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import newest_policy, save_policy
 
@@ -72,21 +73,15 @@ def stop_when(process: subprocess.Popen[str], run: Path, state: State, how: sign
     process.communicate(timeout=120)
 
 
-def entries(run: Path) -> list[dict[str, Any]]:
-    file = run / "journal.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def played(count: int) -> State:
-    return lambda run: sum(entry["kind"] == "played" for entry in entries(run)) >= count
+    return lambda run: sum(entry["kind"] == "played" for entry in read_journal(run)) >= count
 
 
 def collected(step: int, seconds: float = 0.0) -> State:
     """So many seconds after the rollouts of an update were complete, that is, while it is learnt."""
 
     def reached(run: Path) -> bool:
-        if any(entry["kind"] == "collected" and entry["step"] == step for entry in entries(run)):
+        if any(entry["kind"] == "collected" and entry["step"] == step for entry in read_journal(run)):
             time.sleep(seconds)
             return True
         return False
@@ -141,7 +136,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     assert here[0] == there[0]
     assert here[1] == there[1]
     assert len(here[1]) == 6
-    numbers = [entry["number"] for entry in entries(run) if entry["kind"] == "played"]
+    numbers = [entry["number"] for entry in read_journal(run) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
 
 
@@ -174,7 +169,7 @@ def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
 def test_an_asynchronous_run_loses_nothing_that_was_played(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")
-    numbers = [entry["number"] for entry in entries(run) if entry["kind"] == "played"]
+    numbers = [entry["number"] for entry in read_journal(run) if entry["kind"] == "played"]
     assert len(numbers) == len(set(numbers))
 
 

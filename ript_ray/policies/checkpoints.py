@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,26 @@ def _shipped_example() -> str:
     return f"checkpoints/{shipped[0].parent.name}" if shipped else "one of your own"
 
 
-def to_publish(policy: torch.nn.Module) -> tuple[dict[str, np.ndarray], str]:
-    """A policy's weights as a weight store takes them, and their fingerprint."""
+def to_publish(policy: Policy, precision: str = "float32") -> tuple[dict[str, np.ndarray], str]:
+    """A policy's weights as a weight store takes them, and the fingerprint of the policy.
+
+    Args:
+        policy: in training precision.
+        precision: ``bfloat16`` halves what actors hold of a large policy; NumPy has no such numbers, so their bits
+            travel as uint16.
+    """
     weights = cpu_weights(policy)
-    return {name: tensor.numpy() for name, tensor in weights.items()}, weights_sha256(weights)
+    sha256 = weights_sha256(weights)
+    if precision == "bfloat16":
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not policy.keeps_exact(name):
+                weights[name] = tensor.bfloat16().view(torch.uint16)
+    return {name: tensor.numpy() for name, tensor in weights.items()}, sha256
+
+
+def from_published(arrays: Mapping[str, np.ndarray]) -> Weights:
+    """The weights that `to_publish` made, without copying them; for inference only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: w.view(torch.bfloat16) if w.dtype == torch.uint16 else w for name, w in weights.items()}

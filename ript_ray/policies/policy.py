@@ -64,6 +64,10 @@ class Policy(nn.Module, abc.ABC):
             t: times in (0, 1], float32[N].
         """
 
+    def keeps_exact(self, name: str) -> bool:
+        """Must this tensor stay in float32 when actors act in less precision? All of a small policy must."""
+        return True
+
     def checkpoint_activations(self) -> None:
         """Compute layers again in the backward pass instead of keeping their activations."""
         raise UserError(f"train.checkpoint_activations: a policy of type {self.kind!r} is too small to need it")

@@ -26,6 +26,7 @@ from ript_ray.policies.stages import note
 
 ADVANTAGES = ("negative", "positive")
 """What the prompt says of c = 0 and c = 1."""
+_EXACT = ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp", "time_mlp", "condition")
 _PERIODS = (4e-3, 4.0)
 """Of the time embedding."""
 
@@ -155,7 +156,7 @@ class Pi0Policy(Policy):
 
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> _Seen:
         pixels = note("pixels", self.transform.encode_images(frames))
-        features = self.vision(pixels.flatten(0, 1)).last_hidden_state
+        features = self.vision(pixels.flatten(0, 1).to(self.projector.weight.dtype)).last_hidden_state
         images = note("images", self.projector(features).view(len(pixels), -1, self.config.language.width))
         state = note("state", self.transform.encode_state(states))
         seen = _Seen(images, state, instructions, None)
@@ -188,6 +189,10 @@ class Pi0Policy(Policy):
         hidden = self.expert(tokens.to(conditioned.cache.keys[0].dtype), conditioned.cache, modulation)
         with torch.autocast(x.device.type, enabled=False):
             return self.action_out_proj(hidden.float())
+
+    def keeps_exact(self, name: str) -> bool:
+        """As openpi: norms, and the small projections of states, actions and times."""
+        return name.startswith(_EXACT) or ("norm." in name and not name.startswith("vision."))
 
     def checkpoint_activations(self) -> None:
         self.vision.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]

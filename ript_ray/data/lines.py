@@ -1,0 +1,38 @@
+"""Files of JSON lines that a process may have died while writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ript_ray.errors import UserError
+
+
+def read_json_lines(file: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """The entry of every line; none when there is no file. A last line that was cut short does not count.
+
+    Args:
+        file: of lines.
+        repair: remove what was cut short from the file, so that lines can be added.
+
+    Raises:
+        UserError: when another line is damaged.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    entries = []
+    for i, line in enumerate(lines):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("cut short")
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if i < len(lines) - 1:
+                raise UserError(
+                    f"{file}: line {i + 1} is damaged ({error}); cut the file before it: what it told after that is "
+                    "done again"
+                ) from error
+            if repair:
+                with file.open("r+b") as damaged:
+                    damaged.truncate(sum(map(len, lines[:-1])))
+    return entries

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ript_ray.algos.advantages import leave_one_out
-from ript_ray.data.lerobot.layout import Version
+from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import load_episode, load_trajectories
@@ -70,10 +71,14 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size:
             return 0.0
         return float(leave_one_out(rewards)[rewards == trajectory.reward][0])
 
+    episodes = _played_again(files, image_size)
+    first = next(episodes)
+    more = tuple(f"image_{i}" for i in range(2, first.frames.shape[1]))
     write_dataset(
         root,
-        _played_again(files, image_size),
+        itertools.chain([first], episodes),
         version=version,
+        keys=Keys(cameras=(*OPENPI_KEYS.cameras, *more)[: first.frames.shape[1]]),
         columns=("success", "policy_version", "init_hash", "action_is_pad"),
         advantages=advantage,
     )

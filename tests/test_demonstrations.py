@@ -1,0 +1,92 @@
+"""Rollouts of a run as a dataset, and demonstrations of any kind as trajectories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_trajectory
+
+import launch
+from ript_ray.data.demonstrations import read_demonstrations
+from ript_ray.data.storage import save_episode, save_trajectories
+from ript_ray.envs import World, make
+from ript_ray.errors import UserError
+from ript_ray.rollout import Recorder
+from ript_ray.types import Context, EpisodeRecord, Trajectory
+
+POINT_REACH = "gymnasium/ript_ray/PointReach-v0"
+
+
+def play(env: World, seed: int) -> Trajectory:
+    """Straight to the target for even seeds, anywhere for odd ones, with a frame at every step."""
+    context = Context(env.id, init_state=3, seed=seed)
+    observation, _ = env.reset(**context.reset_arguments())
+    recorder = Recorder(env, context)
+    rng = np.random.default_rng(seed)
+    over = success = False
+    while not over:
+        recorder.look(observation)
+        action = rng.uniform(-0.1, 0.1, 2) if seed % 2 else env._env.unwrapped.expert_action()
+        recorder.add(observation, action)
+        observation, _, success, truncated, _ = env.step(action.astype(np.float32))
+        over = success or truncated
+    return recorder.finish(success, policy_version=2)
+
+
+def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = make(POINT_REACH, image_size=32, max_steps=12)
+    played = [play(env, seed) for seed in range(4)]
+    for i, trajectory in enumerate(played):
+        save_episode(tmp_path / "run/episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, env.max_steps))
+    assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "dataset")]) == 0
+    found = list(read_demonstrations(tmp_path / "dataset", POINT_REACH))
+    assert len(found) == 4
+    for there, here in zip(found, played, strict=True):
+        np.testing.assert_array_equal(there.frames, here.frames)
+        np.testing.assert_array_equal(there.actions, here.actions)
+        np.testing.assert_array_equal(there.states, here.states)
+        assert there.instruction == here.instruction
+        assert there.policy_version == 2
+    table = pq.read_table(next((tmp_path / "dataset/data").rglob("*.parquet")))
+    firsts = [table.column("episode_index").to_pylist().index(i) for i in range(4)]
+    hashes = np.array(table.column("init_hash").to_pylist(), dtype=np.int64).view(np.uint64)
+    assert hashes[firsts].tolist() == [t.state_hashes[0] for t in played]
+    assert launch.main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "holds no recorded episodes" in capsys.readouterr().err
+
+
+def test_advantages_are_leave_one_out_over_the_same_start(tmp_path: Path) -> None:
+    env = make(POINT_REACH, image_size=32, max_steps=30)
+    played = [play(env, seed) for seed in (0, 1, 3, 4, 5)]
+    for i, trajectory in enumerate(played):
+        save_episode(tmp_path / "run/episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, env.max_steps))
+    rewards = np.array([t.reward for t in played])
+    assert rewards.tolist() == [1, 0, 0, 1, 0]
+    assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "d"), "data.dataset_version=v2.1"]) == 0
+    for i, file in enumerate(sorted((tmp_path / "d/data").rglob("*.parquet"))):
+        others = np.delete(rewards, i)
+        (value,) = set(pq.read_table(file).column("advantages").to_pylist())
+        assert value == pytest.approx(rewards[i] - others.mean(), abs=1e-6)
+        (success,) = set(pq.read_table(file).column("success").to_pylist())
+        assert success == rewards[i]
+
+
+def test_an_episode_that_goes_another_way_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = make(POINT_REACH, image_size=32, max_steps=12)
+    record = EpisodeRecord.of(play(env, 1), env.max_steps)
+    record.actions[5] += 0.1
+    save_episode(tmp_path / "run/episodes/000000.safetensors", record)
+    assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "d")]) == 2
+    assert "does not go as it was recorded" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:
+    save_trajectories(tmp_path / "demos.safetensors", [make_trajectory(30)], {})
+    assert len(list(read_demonstrations(tmp_path / "demos.safetensors", "libero_object/0"))) == 1
+    for path in (tmp_path / "absent.safetensors", tmp_path, tmp_path / "absent.hdf5"):
+        with pytest.raises(UserError):
+            list(read_demonstrations(path, "libero_object/0"))

@@ -32,7 +32,7 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
         (["eval", "env.id=libero_goal/0,libero_gaol/1"], "did you mean 'libero_goal'"),
         (["bench", "env", "--suite", "libero_spatal", "--task", "3"], "did you mean 'libero_spatial'"),
         (["replay", "nowhere"], "no episode at nowhere; runs leave theirs in RUN_DIR/episodes"),
-        (["replay"], "name one file"),
+        (["replay"], "expected 1 path, found 0"),
     ],
 )
 def test_a_mistake_ends_with_one_message_and_exit_code_2(arguments: list[str], part: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import INSTRUCTION, make_trajectory
 from torch.nn import functional as F
 
+from benchmarks.policy import measure_policy
 from learner.update import Step, update
 from ript_ray.algos.objectives import Draw
 from ript_ray.config import ObjectiveConfig, TrainConfig
@@ -242,6 +243,15 @@ def test_a_policy_of_ten_actions_learns_from_the_first_ten_of_a_window() -> None
     assert draw.velocity(1)[0].shape == (3, 10, 32)
     clean = policy.transform.encode_actions(batch.actions, batch.states)[:, :10]
     torch.testing.assert_close(draw.target, 1 - clean)
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_both_models_on_the_same_weights() -> None:
+    result = measure_policy("pi0_tiny", batches=(1,), train_batch=4, rounds=1)
+    assert result["parameters"] == 170_400
+    (row,) = result["inference"]
+    assert row["speedup"] == pytest.approx(row["chunks_per_second"] / row["transformers_chunks_per_second"])
+    assert 0 < result["training"]["mfu"] < 1
 
 
 def test_names_of_tensors_are_one_to_one() -> None:

@@ -16,7 +16,7 @@ from ript_ray.data.storage import load_episode, load_trajectories
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
 from ript_ray.rollout import Recorder
-from ript_ray.types import Start, Trajectory
+from ript_ray.types import EpisodeRecord, Start, Trajectory
 
 
 def read_demonstrations(path: Path, env_id: str, every: int = 1) -> Iterator[Trajectory]:
@@ -39,7 +39,7 @@ def read_demonstrations(path: Path, env_id: str, every: int = 1) -> Iterator[Tra
     return iter(load_trajectories(path))
 
 
-def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size: int | None = None) -> int:
+def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:
     """Write the recorded episodes of a run as a LeRobot dataset, with frames before every step.
 
     The episodes are played again, which gives the same frames, states and outcomes. ``advantages`` are leave-one-out
@@ -49,7 +49,6 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size:
         run_dir: of the run.
         root: of the dataset, a folder that does not exist or is empty.
         version: of the format.
-        image_size: of the frames, in pixels; as in the run by default.
 
     Returns:
         The number of episodes.
@@ -60,9 +59,9 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size:
     files = sorted((run_dir / "episodes").glob("*.safetensors"))
     if not files:
         raise UserError(f"{run_dir} holds no recorded episodes; expected the directory of a run of train or eval")
+    records = {file: load_episode(file)[0] for file in files}
     groups: dict[tuple[Start, int], list[float]] = {}
-    for file in files:
-        record, _ = load_episode(file)
+    for record in records.values():
         groups.setdefault((record.context.start, record.policy_version), []).append(float(record.success))
 
     def advantage(_: int, trajectory: Trajectory) -> float:
@@ -71,7 +70,7 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size:
             return 0.0
         return float(leave_one_out(rewards)[rewards == trajectory.reward][0])
 
-    episodes = _played_again(files, image_size)
+    episodes = _played_again(records)
     first = next(episodes)
     more = tuple(f"image_{i}" for i in range(2, first.frames.shape[1]))
     write_dataset(
@@ -85,15 +84,14 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0", image_size:
     return len(files)
 
 
-def _played_again(files: list[Path], image_size: int | None) -> Iterator[Trajectory]:
-    """The whole trajectories of recorded episodes."""
+def _played_again(records: dict[Path, EpisodeRecord]) -> Iterator[Trajectory]:
+    """The whole trajectories of recorded episodes, by their files."""
     env: World | None = None
-    for file in files:
-        record, _ = load_episode(file)
+    for file, record in records.items():
         if env is None or env.id != record.context.env_id:
             if env is not None:
                 env.close()
-            env = make(record.context.env_id, image_size or record.image_size, record.max_steps)
+            env = make(record.context.env_id, record.image_size, record.max_steps)
         observation, _ = env.reset(**record.context.reset_arguments())
         recorder = Recorder(env, record.context)
         success = False

@@ -5,12 +5,15 @@
     python launch.py sft data.demos=FILE         a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
     python launch.py train --resume RUN_DIR      go on with a run that was interrupted
+    python launch.py submit --config FILE        the same as a job on a running cluster
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
     python launch.py convert SOURCE DIR          a π0 checkpoint of openpi or LeRobot, or random:pi0_tiny, as a policy
     python launch.py compare A B                 where two policies part, stage by stage
     python launch.py stats DEMOS norm_stats.json normalisation statistics of demonstrations
     python launch.py export RUN_DIR DIR          the episodes of a run as a LeRobot dataset
+    python launch.py info RUN_DIR                a run's story; compare-runs A B: what differs between two
+    python launch.py report RUN_DIR              its page, as one file
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
     python launch.py bench env|learner|memory|policy   measured speed, as ratios
     python launch.py bench objectives            objectives on equal footing
@@ -26,7 +29,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
-COMMANDS = ("doctor", "demos", "sft", "train", "eval", "guidance", *TOOLS, "bench")
+COMMANDS = ("doctor", "demos", "sft", "train", "submit", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -52,6 +55,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     comes again before anything new was played or learnt ends the run after ``scaling.max_restarts`` times.
     """
     from actors.journal import work_done
+    from cluster.serving import report_server
     from cluster.tracking import tracking
 
     survived: list[str] = []
@@ -59,7 +63,10 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     with (
         told_how_to_resume(run_dir),
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
+        report_server(run_dir, config.run.report_host, config.run.report_port) as address,
     ):
+        if address is not None:
+            print(f"report: {address}")
         while True:
             before = work_done(run_dir)
             try:
@@ -90,10 +97,13 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
 
     from actors.coordinator import Coordinator
     from actors.pool import SamplePool
+    from cluster.gallery import Gallery
+    from cluster.metrics import Metrics
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
     from learner.loop import learner_group
     from ript_ray.policies.checkpoints import newest_policy
+    from ript_ray.report import write_report
 
     started = time.perf_counter()
     policy = load_starting_policy(config)
@@ -108,7 +118,13 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
         )
         survived.clear()
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
-        with Monitor(coordinator, tracker) as monitor:
+        listeners: list[Callable[[dict[str, Any]], Any]] = [
+            tracker,
+            Metrics(run_dir.name),
+            Gallery(coordinator, actors, run_dir),
+            lambda _: write_report(run_dir),
+        ]
+        with Monitor(coordinator, listeners) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
@@ -231,9 +247,10 @@ def summarise(
     renderer: str,
 ) -> dict[str, Any]:
     """The content of ``summary.json``."""
-    from ript_ray.evaluation import before_and_after
+    from ript_ray.evaluation import before_and_after, by_task, evaluation_contexts
     from ript_ray.reporting import versions
 
+    contexts = evaluation_contexts(config)
     seconds = totals.pop("seconds")
     for part in ("busy", "idle"):
         seconds[f"learner_{part}"] = sum(row.get(f"learner/{part}_s", 0.0) for row in rows)
@@ -245,6 +262,11 @@ def summarise(
             name: before_and_after(base["results"][name], after) for name, after in final["results"].items()
         },
         "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
+        "tasks": {
+            name: by_task(contexts[name], base["results"][name], after) for name, after in final["results"].items()
+        }
+        if len(config.env.ids) > 1
+        else {},
         "held_out_init_states": list(config.env.eval_init_states),
         "train_init_states": list(config.env.train_init_states),
         "train_placements": config.env.train_placements,
@@ -262,9 +284,11 @@ def leave_behind(
     """Write summary, curve, and videos of a failed and of a successful rollout before and after."""
     import ray
 
+    from ript_ray.report import write_report
     from ript_ray.reporting import describe_summary, plot_success, write_json, write_video
 
     write_json(run_dir / "summary.json", summary)
+    write_report(run_dir)
     plot_success(run_dir / "success.png", summary, rows)
     for when, outcome in outcomes.items():
         for success, kept in outcome["kept"].items():
@@ -320,7 +344,7 @@ def players(config: Config, run_dir: Path) -> Iterator[tuple[Any, list[Any]]]:
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors = start_rollouts(config, policy)
         coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
-        with Monitor(coordinator, None):
+        with Monitor(coordinator):
             yield coordinator, actors
 
 
@@ -414,6 +438,32 @@ def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
     return train(config, make_run_dir(config, command, resuming=True))
 
 
+def go_on(config: Config) -> dict[str, Any] | None:
+    """The result of the run that is in ``run.dir``, which is finished first if need be; None when there is none.
+
+    Raises:
+        UserError: when that run has other settings than these, except for where and how wide it runs.
+    """
+    from ript_ray.runs import Run
+
+    if config.run.dir is None:
+        raise UserError("run.resume=true without run.dir: expected the folder of the run to go on with")
+    run_dir = Path(config.run.dir)
+    if not (run_dir / "journal.jsonl").exists():
+        return None
+    run = Run.load(run_dir)
+    other = [key for key in run.changed_by(config) if key.partition(".")[0] not in ("run", "scaling")]
+    if other:
+        raise UserError(
+            f"run.resume=true: the run in run.dir={str(run_dir)!r} has another {', '.join(other)}; give the same "
+            "settings, or another run.dir"
+        )
+    if run.summary is not None:
+        print(f"{run_dir}: {run.state()}")
+        return run.summary
+    return train(config, make_run_dir(config, "train", resuming=True))
+
+
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
     """Run one command with its configuration and return its result."""
     from cluster.placement import fit_actors
@@ -435,6 +485,12 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.doctor import examine
 
         return examine(config)
+    if command == "submit":
+        from cluster.submit import submit
+
+        return submit(config, config_file, settings)
+    if command == "train" and config.run.resume and (earlier := go_on(config)) is not None:
+        return earlier
     config = fit_actors(config, resolve(config.policy.checkpoint))
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
     return commands[command](config, make_run_dir(config, command, resuming=False))

@@ -24,7 +24,6 @@ resumed (`actors.journal`) ends as if it had never stopped.
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections import Counter
@@ -37,15 +36,16 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.collection import Collection
 from actors.dispatcher import Dispatcher, Episode, Outcome
 from actors.journal import Journal
 from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
-from ript_ray.config import Config, SamplingConfig
+from ript_ray.config import Config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
-from ript_ray.evaluation import evaluation_contexts, wilson_interval
+from ript_ray.evaluation import evaluation_contexts
 from ript_ray.types import Context
 
 
@@ -64,75 +64,6 @@ class _Totals:
     rollout_s: float = 0.0
     ended_by: Counter[str] = field(default_factory=Counter)
     """How often each quota or budget ended the rollouts of an update."""
-
-
-@dataclass(slots=True)
-class _Collection:
-    """The rollouts of one update while they come in."""
-
-    config: SamplingConfig
-    step: int
-    in_order: bool
-    """Are groups judged in the order in which they were opened?"""
-    groups: dict[int, Group] = field(default_factory=dict)
-    """Open ones, in that order."""
-    finished: dict[int, list[Outcome]] = field(default_factory=dict)
-    """Their rollouts so far."""
-    rewards: list[float] = field(default_factory=list)
-    """Of the groups that were judged."""
-    opened: int = 0
-    accepted: int = 0
-    all_failed: int = 0
-    all_succeeded: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        """Since the collection began."""
-        return time.perf_counter() - self.started
-
-    @property
-    def has_enough(self) -> bool:
-        """Is the quota of accepted groups met?"""
-        return self.accepted >= math.ceil(self.config.enough * self.config.groups)
-
-    def open(self, group: Group) -> None:
-        """Note a group that is now rolled out."""
-        self.groups[group.id], self.finished[group.id] = group, []
-        self.opened += 1
-
-    def next_complete(self) -> Group | None:
-        """A group to be judged, if there is one."""
-        for group in self.groups.values():
-            if len(self.finished[group.id]) == self.config.group_size:
-                return group
-            if self.in_order:
-                break
-        return None
-
-    def ended_by(self) -> str | None:
-        """The quota or the budget that ends it, if one does."""
-        if self.has_enough:
-            return "quota"
-        if self.config.max_seconds is not None and self.seconds > self.config.max_seconds:
-            return "seconds"
-        return "groups" if not self.groups and self.opened >= self.config.max_groups else None
-
-    def metrics(self, seconds: float) -> dict[str, float]:
-        """A row of metrics: success with its 95 % interval, groups, seconds."""
-        low, high = wilson_interval(round(sum(self.rewards)), len(self.rewards))
-        return {
-            "rollout/success_rate": float(np.mean(self.rewards)) if self.rewards else 0.0,
-            "rollout/success_low": low,
-            "rollout/success_high": high,
-            "rollout/episodes": len(self.rewards),
-            "rollout/groups_accepted": self.accepted,
-            "rollout/groups_rejected": self.all_failed + self.all_succeeded,
-            "rollout/groups_all_failed": self.all_failed,
-            "rollout/groups_all_succeeded": self.all_succeeded,
-            "rollout/groups_open": len(self.groups),
-            "rollout/seconds": seconds,
-        }
 
 
 @ray.remote(num_cpus=0, max_concurrency=4)
@@ -177,6 +108,7 @@ class Coordinator:
         self._totals = _Totals(errors=[*self._journal.faults, *survived])
         self._rows = [] if self._metrics is None else read_json_lines(self._metrics, repair=True)
         self._logged = {_row_key(row) for row in self._rows}
+        self._newest: dict[bool, Any] = {}
         self._learner_starts = 0
         self._lock = threading.Lock()
         self._stage = "starting"
@@ -275,6 +207,11 @@ class Coordinator:
                 "rows": self._rows[seen:],
             }
 
+    def newest(self) -> dict[bool, list[Any]]:
+        """The newest rollout for training that failed, and that succeeded: a reference each, in a list."""
+        with self._lock:
+            return {success: [reference] for success, reference in self._newest.items()}
+
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
         totals = self._totals
@@ -316,11 +253,13 @@ class Coordinator:
         """
         config = self._config.sampling
         self._enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
-        now = _Collection(config, step, in_order=not self._asynchronous)
+        now = Collection(config, step, in_order=not self._asynchronous)
         if self._asynchronous:
             now.groups, now.finished, now.opened = self._open, self._rollouts, len(self._open)
             self._judge_complete(now, dispatcher)
         errors_before = len(dispatcher.errors)
+        worked_before = dict(self._totals.seconds)
+        waits_before = len(self._totals.weights_wait_s)
         while (ended := self._ended(now)) is None:
             self._refill(now, dispatcher)
             outcome = dispatcher.next()
@@ -342,11 +281,14 @@ class Coordinator:
         self._totals.ended_by[ended_by] += 1
         self._totals.errors += errors
         row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
+        row |= {f"rollout/{part}_s": s - worked_before[part] for part, s in self._totals.seconds.items()}
+        waits = self._totals.weights_wait_s[waits_before:]
+        row["rollout/weights_wait_s"] = sum(waits) / max(1, len(waits))
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at
         return goal is not None and row["rollout/success_low"] >= goal
 
-    def _ended(self, now: _Collection) -> tuple[str, float] | None:
+    def _ended(self, now: Collection) -> tuple[str, float] | None:
         """What ended a collection, and after how many seconds; as the journal has it, if it does."""
         entry = self._journal.take("collected")
         if entry is not None:
@@ -357,7 +299,7 @@ class Coordinator:
         self._journal.collected(now.step, ended_by, now.seconds)
         return ended_by, now.seconds
 
-    def _refill(self, now: _Collection, dispatcher: Dispatcher) -> None:
+    def _refill(self, now: Collection, dispatcher: Dispatcher) -> None:
         """Open as many groups as are still wanted, and as keep every actor busy.
 
         In ``async`` mode that is whenever an actor has nothing to do, which the journal has to tell a resumed run.
@@ -388,7 +330,7 @@ class Coordinator:
             self._version, _ = self._ask(self._store.newest_version.remote())
         return self._version >= oldest
 
-    def _take(self, outcome: Outcome, now: _Collection, dispatcher: Dispatcher) -> None:
+    def _take(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> None:
         """Note a finished rollout, and judge the groups that are complete now."""
         assert outcome.report is not None
         self._note(outcome.report)
@@ -396,21 +338,25 @@ class Coordinator:
             self._totals.surplus += 1
             self._forget(outcome)
             return
+        if outcome.reference is not None:
+            with self._lock:
+                self._newest[outcome.report.success] = outcome.reference
         now.finished[outcome.episode.tag].append(outcome)
         self._judge_complete(now, dispatcher)
 
-    def _judge_complete(self, now: _Collection, dispatcher: Dispatcher) -> None:
+    def _judge_complete(self, now: Collection, dispatcher: Dispatcher) -> None:
         while not now.has_enough and (group := now.next_complete()) is not None:
             self._judge(group, now)
             if not now.has_enough:  # at once, so that the next group depends on the judged ones alone
                 self._refill(now, dispatcher)
 
-    def _judge(self, group: Group, now: _Collection) -> None:
+    def _judge(self, group: Group, now: Collection) -> None:
         """Hand a complete group to the pool, which accepts or rejects it."""
         del now.groups[group.id]
         members = sorted(now.finished.pop(group.id), key=lambda outcome: outcome.episode.context.seed)
         rewards = np.array([float(member.report.success) for member in members if member.report is not None])
-        now.rewards += rewards.tolist()
+        versions = [member.report.policy_version for member in members if member.report is not None]
+        now.judged(group.contexts[0].env_id, rewards.tolist(), versions)
         self._sampler.record(group, rewards)
         references = []
         if is_kept(rewards, self._config.objective):
@@ -440,7 +386,7 @@ class Coordinator:
         if file is not None and file.exists() and not self._journal.replaying:
             forget_trajectory(file)
 
-    def _give_up(self, outcome: Outcome, now: _Collection, dispatcher: Dispatcher) -> int:
+    def _give_up(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""
         self._set_aside(outcome, dispatcher)
         gone = [group_id for group_id, group in now.groups.items() if self._sampler.is_aside(group.contexts[0])]

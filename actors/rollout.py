@@ -138,11 +138,11 @@ class RolloutActor:
             [render_steps(world, ray.get(reference, timeout=limit), steps) for _, (reference,), steps in job.parts]
         )
 
-    def film(self, trajectory: Trajectory) -> np.ndarray:
-        """The upright view of the first camera at every other step: uint8[n, 256, 256, 3]."""
+    def film(self, trajectory: Trajectory, every: int = 2, size: int = 256) -> np.ndarray:
+        """The upright view of the first camera before every ``every``-th step: uint8[n, size, size, 3]."""
         from ript_ray.rollout import film
 
-        return film(self._enter(trajectory.context.env_id), trajectory, every=2, size=256)
+        return film(self._enter(trajectory.context.env_id), trajectory, every, size)
 
     def demonstrate(self, context: Context) -> Trajectory:
         """One demonstration by the scripted expert."""

@@ -1,27 +1,31 @@
-"""What a person sees of a running job, and where its metrics go."""
+"""What a person sees of a running job, and who hears of its metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from tqdm import tqdm
 
-from cluster.tracking import Tracker
-
 log = logging.getLogger("ript_ray")
 
 
 class Monitor:
-    """The progress bar, the log and MLflow, fed once a second from the coordinator."""
+    """The progress bar, the log and others who listen, fed once a second from the coordinator.
 
-    def __init__(self, coordinator: Any, tracker: Tracker | None) -> None:
+    Args:
+        coordinator: handle of a `Coordinator`.
+        listeners: called with each new row of metrics. One that fails is noted in the log; the run goes on.
+    """
+
+    def __init__(self, coordinator: Any, listeners: Sequence[Callable[[dict[str, Any]], Any]] = ()) -> None:
         self.rows: list[dict[str, Any]] = []
         self._coordinator = coordinator
-        self._tracker = tracker
+        self._listeners = listeners
         self._collecting: Any = None
         self._pool: Any = None
         self._failure: Exception | None = None
@@ -67,8 +71,11 @@ class Monitor:
         for row in state["rows"]:
             self.rows.append(row)
             log.info(", ".join(f"{name} {value:.6g}" for name, value in row.items() if name != "time"))
-            if self._tracker is not None:
-                self._tracker.log(row)
+            for listener in self._listeners:
+                try:
+                    listener(row)
+                except Exception:
+                    log.exception("%s did not take a row of metrics", type(listener).__name__)
         self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
         self._bar.n = round(state["fraction"], 4)
         self._bar.refresh()

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ript_ray.config import ScalingConfig
 from ript_ray.errors import UserError
@@ -84,8 +85,12 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
 
 
 def spawn(actor_class: Any, *args: Any, name: str | None = None) -> Any:
-    """Start one actor. (Type checkers do not see the ``remote`` that Ray gives to a class.)"""
-    return actor_class.options(name=name).remote(*args)
+    """Start one actor on the driver's node: the job needs it as it needs its driver, and other nodes may leave.
+
+    (Type checkers do not see the ``remote`` that Ray gives to a class.)
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor_class.options(name=name, scheduling_strategy=here).remote(*args)
 
 
 def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[Any]:
@@ -95,9 +100,13 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
         UserError: when an actor cannot start; the message says why.
     """
     actors = [
-        actor_class.options(name=f"RolloutActor{i}", num_cpus=scaling.actor_cpus, num_gpus=scaling.actor_gpus).remote(
-            i, *args
-        )
+        actor_class.options(
+            name=f"RolloutActor{i}",
+            num_cpus=scaling.actor_cpus,
+            num_gpus=scaling.actor_gpus,
+            scheduling_strategy="SPREAD",
+            label_selector=scaling.actor_labels or None,
+        ).remote(i, *args)
         for i in range(scaling.actors)
     ]
     try:

@@ -20,7 +20,7 @@ class Tracker:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
 
-    def log(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: dict[str, Any]) -> None:
         """Log the numbers of a row at its update, unless they are there, from before the run was resumed."""
         import mlflow
 

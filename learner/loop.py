@@ -67,6 +67,7 @@ def learner_group(
             num_workers=scaling.learners,
             use_gpu=scaling.learner_gpus > 0,
             resources_per_worker={"CPU": scaling.learner_cpus, "GPU": scaling.learner_gpus},
+            label_selector=scaling.learner_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name="learners",

@@ -30,6 +30,12 @@ class RunConfig(_Section):
     """Seeds context sampling, policy noise and training."""
     mlflow_uri: str | None = None
     """MLflow tracking server or store; a local SQLite file in the run directory's parent by default."""
+    resume: bool = False
+    """Go on with the run in ``run.dir`` if there is one, so that the same command can be sent again."""
+    report_port: int | None = Field(default=0, ge=0, le=65535)
+    """Where the job serves its report page; 0: at any free port, null: nowhere."""
+    report_host: str = "127.0.0.1"
+    """Address that it listens at: this machine alone by default, 0.0.0.0 for everyone who can reach it."""
 
 
 class EnvConfig(_Section):
@@ -235,6 +241,10 @@ class ScalingConfig(_Section):
     """GPUs of each learner."""
     learner_threads: int = Field(default=2, ge=1)
     """Threads of each learner on a CPU; in synchronous mode actors are idle while it learns."""
+    actor_labels: dict[str, str] = {}
+    """Labels of the nodes that actors run on, as ``ray start --labels`` gives them; any node by default."""
+    learner_labels: dict[str, str] = {}
+    """Labels of the nodes that learners run on, likewise."""
     address: str | None = None
     """Address of a running Ray cluster (``auto`` inside a submitted job); a local one is started by default."""
     hang_timeout_s: float = Field(default=15.0, gt=0.0)

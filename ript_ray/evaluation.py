@@ -126,6 +126,13 @@ def successive_halving(
     }
 
 
+def by_task(contexts: Sequence[Context], before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:
+    """`before_and_after` of each task, where the contexts are of several."""
+    tasks = sorted({context.env_id for context in contexts})
+    rows = {task: [i for i, context in enumerate(contexts) if context.env_id == task] for task in tasks}
+    return {task: before_and_after([before[i] for i in own], [after[i] for i in own]) for task, own in rows.items()}
+
+
 def before_and_after(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:
     """``base``, ``final`` and ``paired_p`` of the same contexts, without those whose environment failed."""
     pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]

@@ -21,7 +21,7 @@ def versions(renderer: str) -> dict[str, str]:
     return {"python": platform.python_version()} | found | {"renderer": renderer}
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: dict[str, Any] | list[Any]) -> None:
     """Write a JSON file; it appears complete or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(values, indent=2) + "\n")

@@ -79,12 +79,45 @@ def export(run_dir: str, target: str, config: Config) -> dict[str, Any]:
     return {"episodes": episodes, "version": config.data.dataset_version}
 
 
+def info(run_dir: str, config: Config) -> dict[str, Any]:
+    """A run's story, finished or not."""
+    from ript_ray.runs import Run, describe_run
+
+    run = Run.load(Path(run_dir))
+    print(describe_run(run))
+    return {"state": run.state(), "settings": run.settings, "rows": run.rows, "faults": run.faults} | {
+        "summary": run.summary
+    }
+
+
+def compare_runs(first: str, second: str, config: Config) -> dict[str, Any]:
+    """What differs between two runs: settings, versions, curves, and results with a test."""
+    from ript_ray import runs
+
+    sides = runs.Run.load(Path(first)), runs.Run.load(Path(second))
+    result = runs.compare_runs(*sides)
+    print(runs.describe_comparison(*sides, result))
+    return result
+
+
+def report(run_dir: str, config: Config) -> dict[str, Any]:
+    """The report page of a run, finished or not, as one file that needs no server."""
+    from ript_ray.report import write_report
+
+    file = write_report(Path(run_dir))
+    print(f"wrote {file}")
+    return {"file": str(file)}
+
+
 TOOLS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "convert": (convert, 2),
     "compare": (compare, 2),
     "stats": (stats, 2),
     "export": (export, 2),
     "replay": (replay, 1),
+    "info": (info, 1),
+    "compare-runs": (compare_runs, 2),
+    "report": (report, 1),
 }
 """By command, with the number of paths that each takes."""
 

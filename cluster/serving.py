@@ -1,0 +1,86 @@
+"""The report page of a running job, over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from ript_ray.errors import UserError
+from ript_ray.report import VIDEOS, report_data, report_html
+from ript_ray.runs import Run
+
+log = logging.getLogger("ript_ray")
+
+
+@contextlib.contextmanager
+def report_server(run_dir: Path, host: str, port: int | None) -> Iterator[str | None]:
+    """Serve the report of a run for the time; yields its address, or None when ``port`` is.
+
+    Args:
+        run_dir: of the run.
+        host: address to listen at; 127.0.0.1 shows it to this machine alone.
+        port: 0 takes a free one.
+
+    Raises:
+        UserError: when the port is taken.
+    """
+    if port is None:
+        yield None
+        return
+
+    class Handler(_Handler):
+        folder = run_dir
+
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise UserError(
+            f"run.report_port={port}: cannot listen at {host}:{port} ({error.strerror}); choose another, or 0 for any"
+        ) from error
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, name="report", daemon=True)
+    thread.start()
+    try:
+        yield f"http://{host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    folder: Path
+
+    def do_GET(self) -> None:
+        """The page, its data, or a video."""
+        path = self.path.split("?")[0]
+        video = self.folder / VIDEOS / path.removeprefix(f"/{VIDEOS}/")
+        if path == "/":
+            self._answer(report_html(Run.load(self.folder)).encode(), "text/html; charset=utf-8")
+        elif path == "/report.json":
+            self._answer(json.dumps(report_data(Run.load(self.folder))).encode(), "application/json")
+        elif path.startswith(f"/{VIDEOS}/") and video.parent == self.folder / VIDEOS and video.suffix == ".mp4":
+            try:
+                self._answer(video.read_bytes(), "video/mp4")
+            except OSError:  # a newer one has taken its place
+                self.send_error(HTTPStatus.NOT_FOUND)
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _answer(self, body: bytes, kind: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Into the log of the run instead of between the lines of the progress bar."""
+        log.debug(format, *args)

@@ -1,0 +1,71 @@
+"""Send a training job to a running cluster, after what can be checked from here has been checked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from cluster.session import ResourcePlan
+from ript_ray.config import Config
+from ript_ray.errors import UserError
+
+PROJECT = Path(__file__).parents[1]
+
+
+def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, Any]:
+    """Send ``train`` with a configuration to the cluster whose dashboard is at ``RAY_API_SERVER_ADDRESS``.
+
+    Args:
+        config: as the job will read it.
+        config_file: inside the project, which travels with the job.
+        settings: ``section.key=value`` of the command line.
+
+    Returns:
+        ``job``, its identifier, and ``command``, what it runs.
+
+    Raises:
+        UserError: when the job could not run there, or nobody answers.
+    """
+    from ray.job_submission import JobSubmissionClient
+    from ray.util.state import list_nodes
+
+    file = _inside(config_file)
+    if config.run.dir is None or not Path(config.run.dir).is_absolute():
+        raise UserError(
+            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on a "
+            "disk that all nodes share, for example run.dir=/shared/runs/first"
+        )
+    address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    try:
+        client = JobSubmissionClient(address)
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], timeout=30)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({str(error).strip().splitlines()[0]}); start one with 'ray start "
+            "--head', or set RAY_API_SERVER_ADDRESS to the address of its dashboard"
+        ) from error
+    have = [node.resources_total or {} for node in nodes]
+    ResourcePlan.of(config.scaling).check(sum(n.get("CPU", 0.0) for n in have), sum(n.get("GPU", 0.0) for n in have))
+    words = ["python", "launch.py", "train", "--config", file, *settings]
+    if not config.run.resume:
+        words.append("run.resume=true")  # so that the same job, sent again, goes on
+    job = client.submit_job(
+        entrypoint=shlex.join(words),
+        runtime_env={"working_dir": str(PROJECT)},
+        metadata={"run": config.run.dir, "env": config.env.id},
+    )
+    print(f"sent to {len(nodes)} nodes at {address} as {job}")
+    print(f"  follow: ray job logs --follow {job}    stop: ray job stop {job}    go on: the same command again")
+    return {"job": job, "command": shlex.join(words), "nodes": len(nodes)}
+
+
+def _inside(file: Path) -> str:
+    """A file's path in the project."""
+    try:
+        return str(file.resolve().relative_to(PROJECT))
+    except ValueError as error:
+        raise UserError(
+            f"--config {file}: only files inside {PROJECT} travel with the job; copy it into configs/"
+        ) from error

@@ -1,0 +1,117 @@
+"""The report page of a run: one HTML file without external requests, and the data that it shows.
+
+The page is `report.html` beside this file with the data put in as JSON. Opened from the disk it shows these; served by
+a run it asks for newer ones (``report.json``) every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ript_ray.evaluation import wilson_interval
+from ript_ray.runs import Run
+
+VIDEOS = "videos"
+"""Folder of a run with the newest rollouts as videos, and a JSON file of captions."""
+CAPTIONS = "captions.json"
+MAX_POINTS = 400
+"""Points of a curve; a longer run shows several updates together as one."""
+_SUMS = (
+    "rollout/groups_accepted",
+    "rollout/groups_all_failed",
+    "rollout/groups_all_succeeded",
+    "rollout/physics_s",
+    "rollout/render_s",
+    "rollout/inference_s",
+    "rollout/seconds",
+    "learner/busy_s",
+    "learner/idle_s",
+    "rollout/errors",
+)
+_MEANS = ("rollout/staleness", "learner/loss", "learner/grad_norm")
+
+
+def report_data(run: Run) -> dict[str, Any]:
+    """Everything the page shows, as plain values."""
+    tasks = sorted({key.split("/", 1)[1].rsplit("/", 1)[0] for row in run.rows for key in row if key[:5] == "task/"})
+    scaling = run.config.scaling
+    captions = run.folder / VIDEOS / CAPTIONS
+    return {
+        "title": run.folder.name,
+        "env": run.config.env.id,
+        "objective": run.config.objective.name,
+        "state": run.state(),
+        "finished": run.summary is not None,
+        "updates": {"done": len([r for r in run.rows if "learner/steps" in r]), "planned": run.config.train.updates},
+        "points": curve(run.rows, "rollout"),
+        "tasks": {task: curve(run.rows, f"task/{task}") for task in tasks},
+        "evaluation": run.summary["evaluation"] if run.summary else {},
+        "evaluation_by_task": run.summary.get("tasks", {}) if run.summary else {},
+        "videos": json.loads(captions.read_text()) if captions.exists() else [],
+        "plan": {
+            "rollout actors": f"{scaling.actors} × {scaling.actor_cpus:g} CPU, {scaling.actor_gpus:g} GPU",
+            "learners": f"{scaling.learners} × {scaling.learner_cpus:g} CPU, {scaling.learner_gpus:g} GPU",
+            "mode": run.config.train.mode,
+            "episodes of an update": f"{run.config.sampling.groups} to {run.config.sampling.max_groups} groups of "
+            f"{run.config.sampling.group_size}",
+        },
+        "settings": {key: str(value) for key, value in run.changed_settings().items()},
+        "faults": run.faults,
+        "versions": run.summary["versions"] if run.summary else {},
+    }
+
+
+def curve(rows: list[dict[str, Any]], section: str) -> list[dict[str, float]]:
+    """Success of a section by update, with the sums and means that the charts stack.
+
+    At most `MAX_POINTS` points: of several updates together, episodes and successes are added up, which keeps the
+    intervals right.
+    """
+    known = [row for row in rows if f"{section}/episodes" in row]
+    size = max(1, math.ceil(len(known) / MAX_POINTS))
+    points = []
+    for at in range(0, len(known), size):
+        part = known[at : at + size]
+        episodes = sum(int(row[f"{section}/episodes"]) for row in part)
+        successes = sum(round(row[f"{section}/success_rate"] * row[f"{section}/episodes"]) for row in part)
+        low, high = wilson_interval(successes, episodes)
+        point = {
+            "first": part[0]["update"],
+            "last": part[-1]["update"],
+            "n": episodes,
+            "rate": successes / max(1, episodes),
+        }
+        point |= {"low": low, "high": high}
+        if section == "rollout":
+            point |= {key.split("/")[1]: sum(row.get(key, 0.0) for row in part) for key in _SUMS}
+            for key in _MEANS:
+                values = [row[key] for row in part if key in row]
+                point[key.split("/")[1]] = sum(values) / len(values) if values else 0.0
+        points.append({key: float(f"{value:.4g}") for key, value in point.items()})
+    return points
+
+
+def report_html(run: Run) -> str:
+    """The page with the data of a run in it."""
+    template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    # "</script>" in a string would end the script.
+    data = json.dumps(report_data(run), separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace('"RUN_DATA"', data)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run directory; it appears complete or not at all.
+
+    Raises:
+        UserError: when it is no run directory.
+    """
+    page = report_html(Run.load(run_dir))
+    file = run_dir / "report.html"
+    partial = run_dir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(file)
+    return file

@@ -74,7 +74,7 @@ class Collection:
         return "groups" if not self.groups and self.opened >= self.config.max_groups else None
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """A row of metrics: success with its 95 % interval, of each task where there are several; groups, seconds."""
+        """A row of metrics: success with its 95 % interval, in all and of each task; groups, seconds."""
         row = {
             **_success("rollout", [reward for rewards in self.rewards.values() for reward in rewards]),
             "rollout/groups_accepted": self.accepted,
@@ -85,9 +85,8 @@ class Collection:
             "rollout/staleness": float(np.mean(self.staleness)) if self.staleness else 0.0,
             "rollout/seconds": seconds,
         }
-        if len(self.rewards) > 1:
-            for task, rewards in sorted(self.rewards.items()):
-                row |= _success(f"task/{task}", rewards)
+        for task, rewards in sorted(self.rewards.items()):
+            row |= _success(f"task/{task}", rewards)
         return row
 
 

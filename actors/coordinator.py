@@ -108,7 +108,8 @@ class Coordinator:
         self._totals = _Totals(errors=[*self._journal.faults, *survived])
         self._rows = [] if self._metrics is None else read_json_lines(self._metrics, repair=True)
         self._logged = {_row_key(row) for row in self._rows}
-        self._newest: dict[bool, Any] = {}
+        self._newest: dict[bool, tuple[int, Any]] = {}
+        """By success, the step that the newest rollout is of, and its reference."""
         self._learner_starts = 0
         self._lock = threading.Lock()
         self._stage = "starting"
@@ -207,10 +208,10 @@ class Coordinator:
                 "rows": self._rows[seen:],
             }
 
-    def newest(self) -> dict[bool, list[Any]]:
-        """The newest rollout for training that failed, and that succeeded: a reference each, in a list."""
+    def newest(self) -> dict[bool, tuple[int, list[Any]]]:
+        """The newest rollout for training that failed, and that succeeded: its update, and its reference in a list."""
         with self._lock:
-            return {success: [reference] for success, reference in self._newest.items()}
+            return {success: (step + 1, [reference]) for success, (step, reference) in self._newest.items()}
 
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
@@ -340,7 +341,7 @@ class Coordinator:
             return
         if outcome.reference is not None:
             with self._lock:
-                self._newest[outcome.report.success] = outcome.reference
+                self._newest[outcome.report.success] = now.step, outcome.reference
         now.finished[outcome.episode.tag].append(outcome)
         self._judge_complete(now, dispatcher)
 

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from actors.rollout import EpisodeReport
-from ript_ray.algos.advantages import AdvantageCounts, is_kept, leave_one_out, process
+from ript_ray.algos.advantages import AdvantageCounts, credit_fastest, is_kept, leave_one_out, process
 from ript_ray.config import Config
 from ript_ray.data.windows import shuffled_batches, window_starts
 from ript_ray.types import Finished, FrameBatch, FrameJob, Shard
@@ -107,12 +107,12 @@ class SamplePool:
         self._count.windows += len(windows)
         self._count.trained += order.size
         self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
-        raw = np.array([sample.advantage for sample in self._samples.values()])
+        raw = self._credited()
         weights, self._count.advantages = process(raw, self._config.objective)
         shard = Shard(
             step=step,
             trajectories={i: sample.reference for i, sample in self._samples.items()},
-            advantages={i: sample.advantage for i, sample in self._samples.items()},
+            advantages=dict(zip(self._samples, raw.tolist(), strict=True)),
             weights=dict(zip(self._samples, weights.tolist(), strict=True)),
             windows=windows,
             order=order,
@@ -184,6 +184,21 @@ class SamplePool:
             "stored_bytes": count.stored_bytes,
             "training_frames": count.frames,
         }
+
+    def _credited(self) -> np.ndarray:
+        """Advantages of all samples, those of slow successes taken if ``objective.fastest`` says so."""
+        samples = list(self._samples.values())
+        advantages = np.array([sample.advantage for sample in samples])
+        if self._config.objective.fastest == 1.0:
+            return advantages
+        reports = [sample.report for sample in samples]
+        return credit_fastest(
+            advantages,
+            np.array([report.length for report in reports]),
+            np.array([report.success for report in reports], dtype=bool),
+            [report.context.env_id for report in reports],
+            self._config.objective.fastest,
+        )
 
     def _is_over(self, step: int) -> bool:
         return self._end is not None and step >= self._end

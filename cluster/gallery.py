@@ -31,7 +31,7 @@ class Gallery:
         self._actors = actors
         self._folder = run_dir / VIDEOS
         captions = self._folder / CAPTIONS
-        self._captions: list[dict[str, Any]] = json.loads(captions.read_text()) if captions.exists() else []
+        self._captions: list[dict[str, Any]] = json.loads(captions.read_text())[::-1] if captions.exists() else []
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Film after the rollouts of an update."""
@@ -41,7 +41,9 @@ class Gallery:
         update = row["update"]
         newest = ray.get(self._coordinator.newest.remote(), timeout=_TIMEOUT_S)
         actor = self._actors[update % len(self._actors)]
-        for success, (reference,) in newest.items():
+        for success, (at, (reference,)) in newest.items():
+            if at != update:
+                continue
             name = f"{update:05d}-{'success' if success else 'failure'}.mp4"
             frames = ray.get(actor.film.remote(reference, _EVERY, _SIZE), timeout=_TIMEOUT_S)
             write_video(self._folder / name, frames, _FRAMES_PER_SECOND)

@@ -152,6 +152,8 @@ class ObjectiveConfig(_Section):
     """``fpo``: scale of the difference of mean losses that stands in for a log-ratio."""
     margin: float = Field(default=0.02, ge=0.0)
     """``negatives=hinge``: the loss of a bad sample counts up to its old value plus this."""
+    fastest: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of each task's successes that count as good: the fastest. The others, which fumbled, count as neither."""
     normalise: Literal["none", "zero_mean", "standard", "robust", "min_max"] = "none"
     """Advantages of an update: subtract the mean; also divide by the deviation; median and interquartile range
     instead; or map to [0, 1]."""

@@ -48,7 +48,7 @@ def report_data(run: Run) -> dict[str, Any]:
         "finished": run.summary is not None,
         "updates": {"done": len([r for r in run.rows if "learner/steps" in r]), "planned": run.config.train.updates},
         "points": curve(run.rows, "rollout"),
-        "tasks": {task: curve(run.rows, f"task/{task}") for task in tasks},
+        "tasks": {task: curve(run.rows, f"task/{task}") for task in tasks} if len(tasks) > 1 else {},
         "evaluation": run.summary["evaluation"] if run.summary else {},
         "evaluation_by_task": run.summary.get("tasks", {}) if run.summary else {},
         "videos": json.loads(captions.read_text()) if captions.exists() else [],

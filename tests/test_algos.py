@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ript_ray.algos.advantages import is_mixed, leave_one_out, process
+from ript_ray.algos.advantages import credit_fastest, is_mixed, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, EnvConfig, ObjectiveConfig, SamplingConfig
 from ript_ray.errors import UserError
@@ -33,6 +33,24 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(outcomes: list
 def test_leave_one_out_refuses_what_has_no_meaning(rewards: list[float]) -> None:
     with pytest.raises(ValueError, match="at least two finite rewards"):
         leave_one_out(np.array(rewards))
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 300), st.sampled_from(["a", "b"])), min_size=1, max_size=40),
+    st.sampled_from([0.1, 0.5, 0.7, 1.0]),
+)
+def test_only_the_fastest_successes_of_a_task_keep_their_credit(
+    episodes: list[tuple[bool, int, str]], share: float
+) -> None:
+    advantages = np.array([1.0 if success else -1.0 for success, _, _ in episodes])
+    successes, lengths, tasks = (list(column) for column in zip(*episodes, strict=True))
+    credited = credit_fastest(advantages, np.array(lengths), np.array(successes), tasks, share)
+    for task in ("a", "b"):
+        own = sorted(length for success, length, name in episodes if success and name == task)
+        limit = own[math.ceil(Fraction(str(share)) * len(own)) - 1] if own else 0
+        for (success, length, name), value in zip(episodes, credited, strict=True):
+            if name == task:
+                assert value == (-1.0 if not success else 1.0 if length <= limit else 0.0)
 
 
 NORMALISATIONS = ["none", "zero_mean", "standard", "robust", "min_max"]

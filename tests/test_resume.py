@@ -21,7 +21,7 @@ from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import newest_policy, save_policy
 
 ROOT = Path(__file__).parents[1]
-TIMING = ("time", "seconds", "busy_s", "idle_s", "wait_s", "memory_mb")
+TIMING = ("time", "seconds", "busy_s", "idle_s", "wait_s", "physics_s", "render_s", "inference_s", "memory_mb")
 """Ends of the names of metrics that a clock or the machine decides."""
 SETTINGS = [
     "env.id=gymnasium/ript_ray/PointReach-v0",

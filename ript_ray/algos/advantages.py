@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,33 @@ def is_mixed(rewards: np.ndarray) -> bool:
 def is_kept(rewards: np.ndarray, config: ObjectiveConfig) -> bool:
     """Is the group trained on? All objectives but `imitation` need one that is mixed."""
     return config.name == "imitation" or is_mixed(rewards)
+
+
+def credit_fastest(
+    advantages: np.ndarray, lengths: np.ndarray, successes: np.ndarray, tasks: Sequence[str], share: float
+) -> np.ndarray:
+    """Take the credit of slow successes: their advantage becomes 0, neither good nor bad.
+
+    A success that fumbled and tried again would teach to fumble. π*0.6 likewise measures advantages by the steps that
+    are left until success and counts a share of them as good (RECAP, arXiv 2511.14759).
+
+    Args:
+        advantages: of all trajectories of an update, float[N].
+        lengths: their numbers of steps.
+        successes: bool[N].
+        tasks: of each; every task has its own pace.
+        share: of a task's successes that keep theirs, the fastest; those as long as the slowest of them do, too.
+
+    Returns:
+        float64[N].
+    """
+    credited = np.array(advantages, dtype=np.float64)
+    for task in set(tasks):
+        own = successes & (np.asarray(tasks) == task)
+        if own.any():
+            slowest = np.quantile(lengths[own], share, method="inverted_cdf")
+            credited[own & (lengths > slowest)] = 0.0
+    return credited
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,214 @@
+"""A job on a cluster of three nodes, each of its own `ray start`: sent, watched, stopped, and sent again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors, list_nodes
+from test_faults import point_policy
+
+from actors.journal import read_journal
+from ript_ray.policies.checkpoints import save_policy
+
+ROOT = Path(__file__).parents[1]
+POINT_REACH = [
+    "env.id=gymnasium/ript_ray/PointReach-v0",
+    "env.image_size=32",
+    "env.max_steps=30",
+    "policy.execute=5",
+    "sampling.group_size=4",
+    "sampling.groups=4",
+    "train.epochs=20",
+    "train.batch_size=8",
+    "train.micro_batch=8",
+    "eval.episodes=4",
+]
+
+pytestmark = pytest.mark.ray
+
+
+def wait_for(what: str, state: Callable[[], Any], seconds: float = 180.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := state()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclass
+class LocalCluster:
+    """What a client needs to know."""
+
+    address: str
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=180, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """A head that runs nothing but drivers, a node for rollouts and one for the learner."""
+    folder = Path(tempfile.mkdtemp(prefix="rr-"))  # sockets in it must have short names
+    gcs, dashboard, client, agent = free_ports(4)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_metrics_report_interval_ms": "1000",
+    }
+    common = ["ray", "start", "--block", "--disable-usage-stats", "--object-store-memory", "200000000"]
+    head = ["--head", "--port", str(gcs), "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client)]
+    head += ["--dashboard-agent-listen-port", str(agent), "--num-cpus", "0", "--temp-dir", str(folder)]
+    join = ["--address", f"127.0.0.1:{gcs}", "--num-cpus", "1"]
+    starts = [head, [*join, "--labels", "role=rollout"], [*join, "--labels", "role=learner"]]
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    os.environ.update({name: environment[name] for name in before})
+    nodes = []
+    address = environment["RAY_API_SERVER_ADDRESS"]
+
+    def alive() -> int:
+        try:
+            return len(list_nodes(address=address, filters=[("state", "=", "ALIVE")], timeout=10))
+        except Exception:  # it does not answer yet
+            return 0
+
+    try:
+        for i, arguments in enumerate(starts):
+            log = (folder / f"node-{i}.log").open("w")
+            nodes.append(subprocess.Popen([*common, *arguments], env=environment, stdout=log, stderr=log))
+            wait_for(f"node {i} did not start, see {folder}", lambda count=i + 1: alive() >= count, 60.0)
+        yield LocalCluster(address, folder, environment)
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in reversed(nodes):
+            node.wait(timeout=60)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scrape(cluster: LocalCluster) -> dict[str, float]:
+    """What Prometheus would read from all nodes: the value of each sample's name."""
+    groups = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
+    found = {}
+    for target in [target for group in groups for target in group["targets"]]:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            for line in answer.read().decode().splitlines():
+                if match := re.match(r"(ray_ript_\w+)\{.*\} (\S+)$", line):
+                    found[match[1]] = float(match[2])
+    return found
+
+
+def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_policy(tmp_path / "start", point_policy())
+    command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *POINT_REACH]
+    command += [f"policy.checkpoint={tmp_path / 'start'}", f"run.dir={run}", "train.mode=sync", "train.updates=40"]
+    command += ["scaling.actors=2", "scaling.actor_cpus=0.5", "scaling.learners=1", "scaling.learner_cpus=1"]
+    command += ["scaling.actor_labels={role: rollout}", "scaling.learner_labels={role: learner}"]
+    command += ["--json", str(tmp_path / "sent.json")]
+
+    too_much = cluster.run(*command[:-2], "scaling.actors=50")
+    assert too_much.returncode == 2
+    assert "the job needs 26 CPUs, there are 2" in too_much.stderr
+    assert "Traceback" not in too_much.stderr
+
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    client = JobSubmissionClient(cluster.address)
+    job = json.loads((tmp_path / "sent.json").read_text())["job"]
+    packages = cluster.folder / "session_latest/runtime_resources/working_dir_files"
+    wait_for("two updates", lambda: (run / "checkpoints/0002/policy.json").exists())
+    assert sum(file.stat().st_size for file in packages.rglob("*") if file.is_file()) < 20e6
+    assert not list(packages.glob("*/tests"))
+
+    nodes = {node.node_id: node.labels or {} for node in list_nodes(address=cluster.address, detail=True)}
+    actors = list_actors(address=cluster.address, filters=[("state", "=", "ALIVE")], detail=True)
+    places = {actor.name: nodes[actor.node_id].get("role") for actor in actors}
+    assert places["RolloutActor0"] == places["RolloutActor1"] == "rollout"
+    assert places["Coordinator"] is places["SamplePool"] is places["WeightStore"] is None  # on the head
+    assert "learner" in {nodes[a.node_id].get("role") for a in actors if a.class_name.startswith("RayTrainWorker")}
+
+    panels = json.loads((ROOT / "cluster/grafana/ript_ray.json").read_text())["panels"]
+    shown = {name for p in panels for t in p["targets"] for name in re.findall(r"ray_ript_\w+", t["expr"])}
+    assert len(shown) > 15
+    wait_for("all that the dashboard shows", lambda: shown <= scrape(cluster).keys(), 60.0)
+    address = re.search(r"report: (http\S+)", client.get_job_logs(job))
+    assert address
+    with urllib.request.urlopen(f"{address[1]}/report.json", timeout=10) as answer:
+        assert len(json.loads(answer.read())["points"]) >= 2
+
+    client.stop_job(job)
+    wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 60.0)
+    assert client.get_job_status(job) == JobStatus.STOPPED
+    assert "nothing that was played is lost" in client.get_job_logs(job)
+    learnt = len(list((run / "checkpoints").glob("[0-9]*")))
+    played = sum(entry["kind"] == "played" for entry in read_journal(run))
+    assert learnt < 40
+
+    again = cluster.run(*command, "train.updates=39")  # not the same run
+    assert again.returncode == 0
+    job = json.loads((tmp_path / "sent.json").read_text())["job"]
+    wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal())
+    assert client.get_job_status(job) == JobStatus.FAILED
+    assert "has another train.updates; give the same settings" in client.get_job_logs(job)
+
+    assert cluster.run(*command).returncode == 0
+    job = json.loads((tmp_path / "sent.json").read_text())["job"]
+    wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 400.0)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 40
+    assert summary["sessions"] == 2
+    assert summary["errors"] == []
+    assert played < summary["episodes"]
+
+
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
+    command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml"]
+    (port,) = free_ports(1)
+    environment = os.environ | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+
+    def said(*more: str) -> str:
+        done = subprocess.run(
+            [*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "run.dir=None: a job's own folder is deleted when it ends" in said()
+    assert f"no Ray cluster answers at http://127.0.0.1:{port}" in said(f"run.dir={tmp_path}")

@@ -6,6 +6,7 @@
     python launch.py train                       make the policy better by trying
     python launch.py train --resume RUN_DIR      go on with a run that was interrupted
     python launch.py submit --config FILE        the same as a job on a running cluster
+    python launch.py tune 'tune.search={KEY: [A, B]}'   the settings that learn best, by many such jobs
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
     python launch.py convert SOURCE DIR          a π0 checkpoint of openpi or LeRobot, or random:pi0_tiny, as a policy
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
-COMMANDS = ("doctor", "demos", "sft", "train", "submit", "eval", "guidance", *TOOLS, "bench")
+COMMANDS = ("doctor", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -141,7 +142,20 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
         summary |= {"updates": version, "weights_sha256": sha256}
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
-        tracker.artifacts(run_dir)
+        acting = {"guidance": config.eval.guidance, "denoise_steps": config.policy.denoise_steps}
+        tracker.artifacts(run_dir, acting)
+    return summary
+
+
+def train_without_ray(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The same as `train` in this process alone."""
+    from learner.alone import train_alone
+    from ript_ray.reporting import describe_rate, write_json
+
+    summary = train_alone(config, load_starting_policy(config), run_dir)
+    write_json(run_dir / "summary.json", summary)
+    for name, column in summary["evaluation"].items():
+        print(f"{name.replace('_', ' ')}: {describe_rate(column['base'])} → {describe_rate(column['final'])}")
     return summary
 
 
@@ -489,8 +503,14 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.submit import submit
 
         return submit(config, config_file, settings)
+    if command == "tune":
+        from cluster.tune import search
+
+        return search(config, config_file, settings, make_run_dir(config, command, resuming=False))
     if command == "train" and config.run.resume and (earlier := go_on(config)) is not None:
         return earlier
+    if command == "train" and not config.scaling.ray:
+        return train_without_ray(config, make_run_dir(config, command, resuming=False))
     config = fit_actors(config, resolve(config.policy.checkpoint))
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
     return commands[command](config, make_run_dir(config, command, resuming=False))

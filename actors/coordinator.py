@@ -39,14 +39,13 @@ import ray
 from actors.collection import Collection
 from actors.dispatcher import Dispatcher, Episode, Outcome
 from actors.journal import Journal
-from actors.rollout import EpisodeReport
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.evaluation import evaluation_contexts
-from ript_ray.types import Context
+from ript_ray.types import Context, EpisodeReport
 
 
 @dataclass(slots=True)

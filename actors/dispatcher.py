@@ -15,11 +15,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.journal import Journal, recorded_report
-from actors.rollout import EpisodeReport
 from ript_ray.config import ScalingConfig
 from ript_ray.data.storage import load_trajectory
 from ript_ray.errors import UserError
-from ript_ray.types import Context, FrameJob
+from ript_ray.types import Context, EpisodeReport, FrameJob
 
 _MAX_ATTEMPTS = 3
 """An episode that fails so often is given up: the fault is not the actor's."""

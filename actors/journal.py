@@ -18,10 +18,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from actors.rollout import EpisodeReport
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
-from ript_ray.types import Context
+from ript_ray.types import Context, EpisodeReport
 
 _NAME = "journal.jsonl"
 _LOCK_TIMEOUT_S = 60.0

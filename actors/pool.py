@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.rollout import EpisodeReport
-from ript_ray.algos.advantages import AdvantageCounts, credit_fastest, is_kept, leave_one_out, process
+from ript_ray.algos.advantages import AdvantageCounts, is_kept, leave_one_out
 from ript_ray.config import Config
-from ript_ray.data.windows import shuffled_batches, window_starts
-from ript_ray.types import Finished, FrameBatch, FrameJob, Shard
+from ript_ray.data.shards import make_shard
+from ript_ray.types import EpisodeReport, Finished, FrameBatch, FrameJob, Shard
 
 _FRAMES_PER_JOB = 16
 """Small, so that the first ones arrive soon and all actors share the work."""
@@ -96,29 +95,18 @@ class SamplePool:
         """
         self._sweep(step)
         self._samples = dict(sorted(self._samples.items()))  # whichever finished first
-        config, train = self._config, self._config.train
-        windows = np.array(
-            [(i, start) for i, sample in self._samples.items() for start in self._starts(sample.report)], dtype=np.int32
-        ).reshape(-1, 2)
-        if config.data.distinct is not None and config.data.distinct < len(windows):
-            rng = np.random.default_rng([config.run.seed, step, 1])
-            windows = windows[np.sort(rng.choice(len(windows), config.data.distinct, replace=False))]
-        order = shuffled_batches(len(windows), train.epochs, train.batch_size, [config.run.seed, step])
-        self._count.windows += len(windows)
-        self._count.trained += order.size
-        self._count.staleness += [step - sample.report.policy_version for sample in self._samples.values()]
-        raw = self._credited()
-        weights, self._count.advantages = process(raw, self._config.objective)
-        shard = Shard(
-            step=step,
-            trajectories={i: sample.reference for i, sample in self._samples.items()},
-            advantages=dict(zip(self._samples, raw.tolist(), strict=True)),
-            weights=dict(zip(self._samples, weights.tolist(), strict=True)),
-            windows=windows,
-            order=order,
-            batch_size=train.batch_size,
+        samples = self._samples.items()
+        shard, self._count.advantages = make_shard(
+            step,
+            {i: sample.report for i, sample in samples},
+            {i: sample.advantage for i, sample in samples},
+            {i: sample.reference for i, sample in samples},
+            self._config,
         )
-        self._sealing = shard, self._without_frame(windows, order)
+        self._count.windows += len(shard.windows)
+        self._count.trained += shard.order.size
+        self._count.staleness += [step - sample.report.policy_version for _, sample in samples]
+        self._sealing = shard, self._without_frame(shard.windows, shard.order)
         jobs = self._missing_frames(self._sealing[1])
         if not jobs:
             await self.rendering([], [])
@@ -185,21 +173,6 @@ class SamplePool:
             "training_frames": count.frames,
         }
 
-    def _credited(self) -> np.ndarray:
-        """Advantages of all samples, those of slow successes taken if ``objective.fastest`` says so."""
-        samples = list(self._samples.values())
-        advantages = np.array([sample.advantage for sample in samples])
-        if self._config.objective.fastest == 1.0:
-            return advantages
-        reports = [sample.report for sample in samples]
-        return credit_fastest(
-            advantages,
-            np.array([report.length for report in reports]),
-            np.array([report.success for report in reports], dtype=bool),
-            [report.context.env_id for report in reports],
-            self._config.objective.fastest,
-        )
-
     def _is_over(self, step: int) -> bool:
         return self._end is not None and step >= self._end
 
@@ -209,13 +182,6 @@ class SamplePool:
             del self._samples[i]
             self._count.stale_dropped += 1
         self._rendered = {key: batch for key, batch in self._rendered.items() if key[0] in self._samples}
-
-    def _starts(self, report: EpisodeReport) -> list[int]:
-        data = self._config.data
-        starts = window_starts(report.length, short=data.short, tail=data.tail)
-        if data.windows == "all":
-            return list(starts)
-        return [int(step) for step in report.frame_steps if int(step) in starts]
 
     def _without_frame(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
         """Windows without a frame of their trajectory's own, as (trajectory, step), in the order of their first use."""

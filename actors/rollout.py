@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,50 +18,11 @@ from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.policies.checkpoints import build_policy, from_published
 from ript_ray.policies.policy import Policy
-from ript_ray.types import Context, EpisodeRecord, FrameJob, Trajectory
+from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
 _WARM_UP_TIMEOUT_S = 300.0
 """Longest time to make an environment: the first one on a machine compiles its model and this project's code."""
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeReport:
-    """What the coordinator and the pool need to know of a trajectory, without its bytes."""
-
-    context: Context
-    policy_version: int
-    success: bool
-    length: int
-    frame_steps: np.ndarray
-    nbytes: int
-    seconds: dict[str, float]
-    frames: int
-    """Frames rendered."""
-    cameras: int
-    weights_wait_s: float
-    """Time spent pulling newer weights before the episode."""
-
-    @property
-    def eager_frames(self) -> int:
-        """Frames that rendering every step would have taken."""
-        return self.cameras * (self.length + 1)
-
-    @classmethod
-    def of(cls, trajectory: Trajectory, weights_wait_s: float = 0.0) -> EpisodeReport:
-        """The report of a trajectory."""
-        return cls(
-            context=trajectory.context,
-            policy_version=trajectory.policy_version,
-            success=trajectory.success,
-            length=len(trajectory),
-            frame_steps=trajectory.frame_steps,
-            nbytes=trajectory.nbytes,
-            seconds=trajectory.seconds,
-            frames=trajectory.frames_rendered,
-            cameras=int(trajectory.frames.shape[1]),
-            weights_wait_s=weights_wait_s,
-        )
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)

@@ -19,11 +19,10 @@ import ray
 
 from actors.coordinator import Coordinator
 from actors.pool import SamplePool
-from actors.rollout import EpisodeReport
 from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session, spawn
 from ript_ray.config import Config
-from ript_ray.types import Context
+from ript_ray.types import Context, EpisodeReport
 
 _HOSTS = 2
 _EPISODE_S = 10.0

@@ -13,7 +13,6 @@ import ray
 import torch
 
 from actors.pool import SamplePool
-from actors.rollout import EpisodeReport
 from cluster.session import ResourcePlan, ray_session, spawn
 from learner.loop import learner_group, plan_steps
 from learner.update import update
@@ -21,7 +20,7 @@ from ript_ray.config import Config
 from ript_ray.data.windows import seen_starts, shuffled_batches
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
-from ript_ray.types import Context, Shard, Trajectory
+from ript_ray.types import Context, EpisodeReport, Shard, Trajectory
 
 STEPS = 110
 LOOK_EVERY = 10

@@ -30,15 +30,26 @@ class Tracker:
         if not any(metric.step == step for metric in known):
             mlflow.log_metrics(numbers, step=step)
 
-    def artifacts(self, run_dir: Path) -> None:
-        """Log the run's files: configuration, summary, pictures, videos and the final policy."""
+    def artifacts(self, run_dir: Path, acting: dict[str, float]) -> None:
+        """Log the run's files, and the final policy as a model that can be loaded and asked for actions.
+
+        Args:
+            run_dir: holds configuration, summary, pictures, videos and checkpoints.
+            acting: ``guidance`` and ``denoise_steps`` of the model.
+        """
         import mlflow
 
         for file in sorted(run_dir.glob("*.*")):
             mlflow.log_artifact(str(file))
         checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]*"))
         if checkpoints:
-            mlflow.log_artifacts(str(checkpoints[-1]), "policy")
+            mlflow.pyfunc.log_model(
+                name="policy",
+                python_model=str(Path(__file__).with_name("served_policy.py")),
+                artifacts={"policy": str(checkpoints[-1])},
+                model_config=acting,
+                pip_requirements=["ript-ray"],
+            )
 
 
 @contextlib.contextmanager

@@ -229,6 +229,8 @@ class TrainConfig(_Section):
 class ScalingConfig(_Section):
     """Processes, their resources and their time limits."""
 
+    ray: bool = True
+    """Without Ray the whole loop runs in one process, for debugging: the same results as one actor and one learner."""
     actors: int = Field(default=2, ge=0)
     """Rollout actors, each with one environment and one policy copy; 0: as many as fit on this machine."""
     learners: int = Field(default=1, ge=0)
@@ -310,6 +312,17 @@ class ConvertConfig(_Section):
     """How the policy will be told "good" or not in reinforcement learning: a learnt embedding, words, or not at all."""
 
 
+class TuneConfig(_Section):
+    """A search over settings, for ``tune``."""
+
+    search: dict[str, Any] = {}
+    """What is searched, by key: a list of choices, or {low, high} of a range, with log: true on a logarithmic scale."""
+    trials: int = Field(default=8, ge=1)
+    """Training jobs."""
+    parallel: int = Field(default=1, ge=1)
+    """How many of them at a time."""
+
+
 class BenchConfig(_Section):
     """What ``bench objectives`` compares, ``bench faults`` disturbs and ``bench policy`` measures."""
 
@@ -344,6 +357,7 @@ class Config(_Section):
     demos: DemosConfig = DemosConfig()
     sft: SftConfig = SftConfig()
     convert: ConvertConfig = ConvertConfig()
+    tune: TuneConfig = TuneConfig()
     bench: BenchConfig = BenchConfig()
 
     @model_validator(mode="after")
@@ -365,6 +379,8 @@ class Config(_Section):
                 f"train.lead={self.train.lead} is more than train.max_staleness={self.train.max_staleness}; "
                 "what is collected so far ahead would never be trained on"
             )
+        if not self.scaling.ray and self.train.mode != "sync":
+            raise ValueError("scaling.ray=false with train.mode=async: one process can only collect and learn in turn")
         if self.train.batch_size % max(1, self.scaling.learners):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by "

@@ -50,6 +50,8 @@ def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is type(None):
         return "null"
+    if annotation is Any:
+        return "anything"
     if origin is None:
         return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -57,7 +59,7 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"[{', '.join(_type(a) for a in arguments)}]"
     if origin is dict:
-        return f"{_type(arguments[0])} by {_type(arguments[1])}"
+        return f"{_type(arguments[1])} by name"
     if all(isinstance(a, str) for a in arguments):
         return ", ".join(f"`{a}`" for a in arguments)
     return " or ".join(_type(a) for a in arguments)

@@ -118,6 +118,45 @@ class EpisodeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EpisodeReport:
+    """What one needs to know of a trajectory to decide about it, without its bytes."""
+
+    context: Context
+    policy_version: int
+    success: bool
+    length: int
+    frame_steps: np.ndarray
+    nbytes: int
+    seconds: dict[str, float]
+    frames: int
+    """Frames rendered."""
+    cameras: int
+    weights_wait_s: float
+    """Time spent pulling newer weights before the episode."""
+
+    @property
+    def eager_frames(self) -> int:
+        """Frames that rendering every step would have taken."""
+        return self.cameras * (self.length + 1)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, weights_wait_s: float = 0.0) -> EpisodeReport:
+        """The report of a trajectory."""
+        return cls(
+            context=trajectory.context,
+            policy_version=trajectory.policy_version,
+            success=trajectory.success,
+            length=len(trajectory),
+            frame_steps=trajectory.frame_steps,
+            nbytes=trajectory.nbytes,
+            seconds=trajectory.seconds,
+            frames=trajectory.frames_rendered,
+            cameras=int(trajectory.frames.shape[1]),
+            weights_wait_s=weights_wait_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """A training sample as an index: the actions from ``start`` on, of one trajectory of the pool."""
 

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 
 from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
-from actors.rollout import EpisodeReport, RolloutActor
+from actors.rollout import RolloutActor
 from actors.weights import WeightStore
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
 from ript_ray.config import Config, ScalingConfig, load_config
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
-from ript_ray.types import Context, Trajectory
+from ript_ray.types import Context, EpisodeReport, Trajectory
 
 ROOT = Path(__file__).parents[1]
 

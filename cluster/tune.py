@@ -1,0 +1,169 @@
+"""A search over settings with Ray Tune: each trial is a training job of its own, as a user would start it.
+
+Trials are compared by the success of their training rollouts, never by held-out states: the exam must not choose.
+Every update is reported, so that bad trials end early (ASHA, Li et al. 2020). The search, and each job in it, goes on
+where it was interrupted when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler
+
+from cluster.session import ResourcePlan, ray_session
+from ript_ray.config import Config, known_keys, load_config
+from ript_ray.data.lines import read_json_lines
+from ript_ray.errors import UserError, nearest
+from ript_ray.evaluation import wilson_interval
+
+METRIC = "success_low"
+"""Lower end of the 95 % interval of the last update's rollouts."""
+_PROJECT = Path(__file__).parents[1]
+_POLL_S = 1.0
+_END_TIMEOUT_S = 120.0
+
+
+def search(config: Config, config_file: Path, settings: list[str], run_dir: Path) -> dict[str, Any]:
+    """Run ``tune.trials`` jobs whose settings are drawn from ``tune.search``.
+
+    Args:
+        config: as each job has it, apart from what is searched.
+        config_file: of the jobs.
+        settings: ``section.key=value`` of the command line, for the jobs too.
+        run_dir: holds the search and the jobs' own folders.
+
+    Returns:
+        ``best`` (its settings, folder and success) and ``trials``, the best first.
+
+    Raises:
+        UserError: when ``tune.search`` names no settings, or a trial could not have them.
+    """
+    own = [word for word in settings if not word.startswith(("tune.", "run."))]
+    space = _space(config, config_file, own)
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+        job = {
+            "command": [
+                sys.executable,
+                str(_PROJECT / "launch.py"),
+                "train",
+                "--config",
+                str(config_file.resolve()),
+                *own,
+            ],
+            "address": ray.get_runtime_context().gcs_address,
+            "folder": str(run_dir.resolve() / "jobs"),
+        }
+        trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), {"cpu": 0})
+        storage = run_dir.resolve()
+        if ray_tune.Tuner.can_restore(str(storage / "search")):
+            tuner = ray_tune.Tuner.restore(str(storage / "search"), trainable, resume_errored=True)
+        else:
+            tuner = ray_tune.Tuner(
+                trainable,
+                param_space=space,
+                tune_config=ray_tune.TuneConfig(
+                    metric=METRIC,
+                    mode="max",
+                    num_samples=config.tune.trials,
+                    max_concurrent_trials=config.tune.parallel,
+                    scheduler=ASHAScheduler(time_attr="update", grace_period=1, max_t=config.train.updates + 1),
+                ),
+                run_config=ray_tune.RunConfig(name="search", storage_path=str(storage), verbose=1),
+            )
+        results = tuner.fit()
+    trials = sorted((_told(result) for result in results), key=lambda trial: -trial["success_low"])
+    for trial in trials:
+        words = " ".join(f"{key}={value}" for key, value in trial["settings"].items())
+        print(f"  {trial['successes']}/{trial['episodes']} after {trial['updates']} updates: {words}")
+    return {"best": trials[0], "trials": trials}
+
+
+def _space(config: Config, config_file: Path, settings: list[str]) -> dict[str, Any]:
+    """Ray Tune's search space: a list is a choice, {low, high} and {low, high, log: true} are ranges."""
+    if not config.tune.search:
+        raise UserError(
+            "tune.search is empty: expected keys with lists or ranges, for example "
+            "'tune.search={train.lr: {low: 1.0e-4, high: 1.0e-3, log: true}, objective.fastest: [0.5, 1.0]}'"
+        )
+    space = {}
+    for key, values in config.tune.search.items():
+        if key not in known_keys():
+            raise UserError(f"tune.search: unknown key {key!r}; {nearest(key, known_keys())}")
+        if isinstance(values, list) and values:
+            space[key], tried = ray_tune.choice(values), values
+        elif isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
+            low, high = float(values["low"]), float(values["high"])
+            draw = ray_tune.loguniform if values.get("log") else ray_tune.uniform
+            space[key], tried = draw(low, high), [low, high]
+        else:
+            raise UserError(
+                f"tune.search: {key}={values!r}; expected a list, or low and high, with log: true or without"
+            )
+        for value in tried:
+            load_config(config_file, [*settings, _word(key, value)])
+    return space
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
+
+
+def _trial(params: dict[str, Any], job: dict[str, Any]) -> None:
+    """One job, in a process of its own; reports after each update and ends with it."""
+    run_dir = Path(job["folder"]) / ray_tune.get_context().get_trial_id()
+    command = [*job["command"], *(_word(key, value) for key, value in params.items())]
+    command += [f"run.dir={run_dir}", "run.resume=true", "run.report_port=null", f"scaling.address={job['address']}"]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with run_dir.with_suffix(".log").open("a") as log:
+        process = subprocess.Popen(command, cwd=_PROJECT, stdout=log, stderr=log)
+        try:
+            reported = 0
+            while True:
+                ended = process.poll() is not None
+                rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if "rollout/episodes" in row]
+                for row in rows[reported:]:
+                    ray_tune.report(_counts(row) | {"folder": str(run_dir)})
+                reported = len(rows)
+                if ended:
+                    break
+                time.sleep(_POLL_S)
+            if process.returncode != 0:
+                raise RuntimeError(f"the job ended with exit code {process.returncode}; see {log.name}")
+        finally:
+            if process.poll() is None:  # the search ends this trial
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=_END_TIMEOUT_S)
+
+
+def _counts(row: dict[str, Any]) -> dict[str, Any]:
+    episodes = int(row["rollout/episodes"])
+    successes = round(row["rollout/success_rate"] * episodes)
+    low, _ = wilson_interval(successes, episodes)
+    return {"update": row["update"], "successes": successes, "episodes": episodes, METRIC: low}
+
+
+def _told(result: Any) -> dict[str, Any]:
+    """A trial for the table."""
+    metrics = result.metrics or {}
+    folder = metrics.get("folder")
+    summary = Path(folder) / "summary.json" if folder else None
+    return {
+        "settings": result.config,
+        "folder": folder,
+        "updates": metrics.get("update", 0),
+        "successes": metrics.get("successes", 0),
+        "episodes": metrics.get("episodes", 0),
+        "success_low": metrics.get(METRIC, 0.0),
+        "error": str(result.error) if result.error else None,
+        "held_out": json.loads(summary.read_text())["evaluation"] if summary and summary.exists() else None,
+    }

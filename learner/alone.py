@@ -1,0 +1,191 @@
+"""The whole loop in one process, without actors: ``scaling.ray=false``, to be stepped through with a debugger.
+
+It plays, judges, learns and evaluates what a Ray job in ``sync`` mode with one actor and one learner does, in the same
+order and with the same arithmetic: the weights are equal to the bit. It cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.loop import plan_steps
+from learner.update import update
+from ript_ray.algos.advantages import is_kept, leave_one_out
+from ript_ray.algos.sampling import ContextSampler, Group, training_starts
+from ript_ray.config import Config
+from ript_ray.data.shards import make_shard
+from ript_ray.envs import World, make
+from ript_ray.envs.rendering import choose
+from ript_ray.evaluation import before_and_after, evaluation_contexts
+from ript_ray.policies.checkpoints import (
+    build_policy,
+    cpu_weights,
+    from_published,
+    save_policy,
+    to_publish,
+    weights_sha256,
+)
+from ript_ray.policies.policy import Policy
+from ript_ray.rollout import play, render_steps
+from ript_ray.types import Context, EpisodeReport, Trajectory
+
+
+def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Collect, learn, again and again; evaluate on held-out states before and after.
+
+    Args:
+        config: the whole configuration; ``train.mode=sync``.
+        policy: the starting policy.
+        run_dir: gets ``metrics.jsonl`` and ``checkpoints/``.
+        say: told each step in a line.
+
+    Returns:
+        What goes into ``summary.json``.
+    """
+    began = time.perf_counter()
+    learning = build_policy(policy.describe(), cpu_weights(policy)).float()
+    start = cpu_weights(policy)
+    player = Player(config, learning)
+    base = player.evaluate()
+    say(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
+    sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
+    reports: dict[int, EpisodeReport] = {}
+    advantages: dict[int, float] = {}
+    trajectories: dict[int, Trajectory] = {}
+    episodes = 0
+    for step in range(config.train.updates):
+        rewards: list[float] = []
+        accepted: list[int] = []
+        for group, rollouts in player.collect(sampler, accepted):
+            outcomes = np.array([float(rollout.success) for rollout in rollouts])
+            rewards += outcomes.tolist()
+            sampler.record(group, outcomes)
+            if is_kept(outcomes, config.objective):
+                accepted.append(group.id)
+                first = group.id * len(rollouts)
+                for i, (rollout, advantage) in enumerate(zip(rollouts, leave_one_out(outcomes), strict=True), first):
+                    reports[i], trajectories[i] = EpisodeReport.of(rollout), rollout
+                    advantages[i] = float(advantage)
+            say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
+        episodes += len(rewards)
+        stale = [i for i, r in reports.items() if r.policy_version < step - config.train.max_staleness]
+        for i in stale:
+            del reports[i], trajectories[i], advantages[i]
+        shard, _ = make_shard(step, reports, advantages, trajectories, config)
+        if config.train.restart:
+            learning.load_state_dict(start)
+        torch.set_num_threads(config.scaling.learner_threads)
+        frames = player.missing_frames(shard.windows, trajectories)
+        steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
+        generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step * 1009)
+        acting, diagnostics = learning, {"steps": 0.0}
+        if steps:
+            acting, told = update(learning, steps, config.train, config.objective, generator)
+            diagnostics = {"steps": float(len(steps))} | told
+        save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
+        player.adopt(acting, step + 1)
+        row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
+        row |= {"rollout/groups_accepted": len(accepted)} | {
+            f"learner/{name}": value for name, value in diagnostics.items()
+        }
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time()} | row) + "\n")
+        say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    final = player.evaluate()
+    return {
+        "env": config.env.id,
+        "evaluation": {name: before_and_after(base[name], after) for name, after in final.items()},
+        "episodes": episodes,
+        "updates": config.train.updates,
+        "weights_sha256": weights_sha256(cpu_weights(player.policy)),
+        "seconds": {"total": time.perf_counter() - began},
+    }
+
+
+class Player:
+    """Plays episodes, one after the other, with the newest policy.
+
+    Args:
+        config: the whole configuration.
+        policy: the first one.
+    """
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        choose(None)
+        self._config = config
+        self._world: World | None = None
+        self.adopt(policy, 0)
+
+    def adopt(self, policy: Policy, version: int) -> None:
+        """Act with these weights from now on, as published."""
+        arrays, _ = to_publish(policy, self._config.policy.precision)
+        copies = {name: array.copy() for name, array in arrays.items()}
+        self.policy = build_policy(policy.describe(), from_published(copies), share=True).requires_grad_(False)
+        self._version = version
+
+    def evaluate(self) -> dict[str, list[bool]]:
+        """Successes on the contexts of each column of the evaluation."""
+        guidance = self._config.eval.guidance
+        columns = evaluation_contexts(self._config)
+        return {name: [self._play(c, guidance, 0.0).success for c in contexts] for name, contexts in columns.items()}
+
+    def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:
+        """Groups with their rollouts, until enough of them are among ``accepted`` or the budget is spent."""
+        sampling, acting = self._config.sampling, self._config.policy
+        wanted = math.ceil(sampling.enough * sampling.groups)
+        began, opened = time.perf_counter(), 0
+        waiting: deque[Group] = deque()
+        while len(accepted) < wanted:
+            # As many as are still wanted are drawn ahead: a draw depends on what was judged before it.
+            while opened < sampling.max_groups and len(waiting) < max(1, sampling.groups - len(accepted)):
+                waiting.append(sampler.next_group())
+                opened += 1
+            if not waiting or time.perf_counter() - began > (sampling.max_seconds or math.inf):
+                return
+            group = waiting.popleft()
+            yield group, [self._play(context, acting.guidance, acting.explore) for context in group.contexts]
+
+    def missing_frames(
+        self, windows: np.ndarray, trajectories: dict[int, Trajectory]
+    ) -> dict[tuple[int, int], np.ndarray]:
+        """The frames that the policy did not see where these windows start."""
+        seen = {i: set(trajectories[i].frame_steps.tolist()) for i in {int(i) for i in windows[:, 0]}}
+        missing: dict[int, list[int]] = {}
+        for i, start in windows.tolist():
+            if start not in seen[i]:
+                missing.setdefault(i, []).append(start)
+        frames: dict[tuple[int, int], np.ndarray] = {}
+        for i, starts in missing.items():
+            rendered = render_steps(self._enter(trajectories[i].context.env_id), trajectories[i], starts)
+            frames |= {(i, start): frame for start, frame in zip(starts, rendered, strict=True)}
+        return frames
+
+    def _play(self, context: Context, guidance: float, explore: float) -> Trajectory:
+        torch.set_num_threads(1)
+        acting = self._config.policy
+        return play(
+            self._enter(context.env_id),
+            self.policy,
+            context,
+            policy_version=self._version,
+            execute=acting.execute,
+            denoise_steps=acting.denoise_steps,
+            guidance=guidance,
+            explore=explore,
+        )
+
+    def _enter(self, env_id: str) -> World:
+        if self._world is None or self._world.id != env_id:
+            if self._world is not None:
+                self._world.close()
+            self._world = make(env_id, self._config.env.image_size, self._config.env.max_steps)
+        return self._world

@@ -192,6 +192,8 @@ class TrainConfig(_Section):
     """In ``async`` mode: how many updates the rollouts may run ahead of the learner."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the samples in one update."""
+    min_steps: int = Field(default=1, ge=1)
+    """At least so many optimiser steps in an update: more passes while the samples are few."""
     batch_size: int = Field(default=64, ge=1)
     """Windows per optimiser step, over all learners."""
     micro_batch: int = Field(default=64, ge=1)

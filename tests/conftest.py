@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,33 @@ def make_policy(seed: int = 0, image_size: int = 32) -> FlowPolicy:
     # The last layer starts at zero, which would hide mistakes before it.
     torch.nn.init.normal_(policy.project_out.weight, std=0.1)
     return policy.eval()
+
+
+@pytest.fixture(scope="session")
+def point_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a policy for `PointReach` that has seen some demonstrations and succeeds now and then."""
+    from learner.sft import train_on_demonstrations
+    from ript_ray.data.demos import demonstrate
+    from ript_ray.data.storage import save_trajectories
+    from ript_ray.envs import make
+    from ript_ray.policies.checkpoints import save_policy
+
+    folder = tmp_path_factory.mktemp("point_start")
+    config = Config.model_validate(
+        {
+            "env": {"id": "gymnasium/ript_ray/PointReach-v0", "image_size": 32, "max_steps": 30},
+            "data": {"demos": str(folder / "demos.safetensors"), "tail": "pad"},
+            "demos": {"noise": 0.3, "frame_every": 1},
+            "sft": {"steps": 120},
+            "train": {"image_shift": 0},
+        }
+    )
+    world = make(config.env.id, 32, 30)
+    demos = [demonstrate(world, Context(config.env.id, i, i), config.demos) for i in range(24)]
+    save_trajectories(Path(config.data.demos), demos, {})
+    policy, _ = train_on_demonstrations(config, lambda step, loss: None)
+    save_policy(folder / "policy", policy)
+    return folder / "policy"
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from test_faults import point_policy
 from test_resume import SETTINGS, TIMING, finish, start
 
 from launch import main
-from ript_ray.policies.checkpoints import save_policy
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("windows", ["seen", "all"])
-def test_the_loop_without_ray_ends_with_the_same_weights(tmp_path: Path, windows: str) -> None:
-    save_policy(tmp_path / "start", point_policy())
+def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, windows: str) -> None:
     settings = [
         *SETTINGS,
-        f"policy.checkpoint={tmp_path / 'start'}",
+        f"policy.checkpoint={point_start}",
         f"data.windows={windows}",
         "objective.fastest=0.5",
     ]
@@ -35,4 +32,5 @@ def test_the_loop_without_ray_ends_with_the_same_weights(tmp_path: Path, windows
 
     mine, theirs = rows("alone"), rows("ray")
     assert len(mine) > 20
+    assert mine[3, "learner/steps"] > 0
     assert mine == {key: theirs[key] for key in mine}

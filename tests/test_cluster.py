@@ -21,10 +21,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors, list_nodes
-from test_faults import point_policy
 
 from actors.journal import read_journal
-from ript_ray.policies.checkpoints import save_policy
 
 ROOT = Path(__file__).parents[1]
 POINT_REACH = [
@@ -132,11 +130,10 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
     return found
 
 
-def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, point_start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    save_policy(tmp_path / "start", point_policy())
     command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *POINT_REACH]
-    command += [f"policy.checkpoint={tmp_path / 'start'}", f"run.dir={run}", "train.mode=sync", "train.updates=40"]
+    command += [f"policy.checkpoint={point_start}", f"run.dir={run}", "train.mode=sync", "train.updates=40"]
     command += ["scaling.actors=2", "scaling.actor_cpus=0.5", "scaling.learners=1", "scaling.learner_cpus=1"]
     command += ["scaling.actor_labels={role: rollout}", "scaling.learner_labels={role: learner}"]
     command += ["--json", str(tmp_path / "sent.json")]

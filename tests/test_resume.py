@@ -45,10 +45,8 @@ State = Callable[[Path], bool]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy") / "start"
-    save_policy(folder, point_policy())
-    return folder
+def checkpoint(point_start: Path) -> Path:
+    return point_start
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -107,6 +105,8 @@ def story(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start(*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={run}"))
+    learnt = [row["learner/steps"] for row in story(run)[1] if "learner/steps" in row]
+    assert min(learnt) > 0, "a run that learns nothing shows nothing"
     return run
 
 

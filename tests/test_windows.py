@@ -56,7 +56,11 @@ def test_shuffled_batches_are_whole_passes() -> None:
         assert sorted(flat[20 * k : 20 * (k + 1)]) == list(range(20))
     np.testing.assert_array_equal(order, shuffled_batches(20, 3, 6, [1, 2]))
     assert shuffled_batches(3, 1, 8, [0]).shape == (1, 8)
-    assert shuffled_batches(0, 1, 8, [0]).shape == (0, 8)
+    assert shuffled_batches(0, 1, 8, [0], min_steps=5).shape == (0, 8)
+    assert shuffled_batches(20, 3, 6, [1, 2], min_steps=4).shape == (10, 6)
+    many = shuffled_batches(20, 3, 6, [1, 2], min_steps=15)
+    assert many.shape == (15, 6)
+    np.testing.assert_array_equal(many[:10], order)
 
 
 def test_trajectories_survive_the_disk(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def make_shard(
         advantages=dict(zip(identifiers, raw.tolist(), strict=True)),
         weights=dict(zip(identifiers, weights.tolist(), strict=True)),
         windows=windows,
-        order=shuffled_batches(len(windows), train.epochs, train.batch_size, [config.run.seed, step]),
+        order=shuffled_batches(len(windows), train.epochs, train.batch_size, [config.run.seed, step], train.min_steps),
         batch_size=train.batch_size,
     )
     return shard, counts

@@ -109,14 +109,15 @@ def _frame(window: Window, trajectory: Trajectory, rendered: Mapping[tuple[int, 
         raise KeyError(f"no frame at step {window.start} of trajectory {window.trajectory}") from error
 
 
-def shuffled_batches(count: int, epochs: int, batch_size: int, seed: Sequence[int]) -> np.ndarray:
+def shuffled_batches(count: int, epochs: int, batch_size: int, seed: Sequence[int], min_steps: int = 1) -> np.ndarray:
     """Rows of ``count`` windows in shuffled passes, cut into full batches: int32[steps, batch_size].
 
-    What does not fill a last batch is left out; fewer windows than one batch are repeated to fill it.
+    What does not fill a last batch is left out; fewer windows than one batch are repeated to fill it, and passes are
+    added until there are ``min_steps`` batches.
     """
     if count == 0:
         return np.zeros((0, batch_size), dtype=np.int32)
     rng = np.random.default_rng(seed)
-    steps = max(1, epochs * count // batch_size)
+    steps = max(min_steps, epochs * count // batch_size)
     passes = [rng.permutation(count) for _ in range(-(-steps * batch_size // count))]
     return np.concatenate(passes)[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)

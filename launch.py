@@ -504,11 +504,16 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
 
         return submit(config, config_file, settings)
     if command == "tune":
-        from cluster.tune import search
+        from cluster.tune import search, search_space
 
-        return search(config, config_file, settings, make_run_dir(config, command, resuming=False))
+        space = search_space(config, config_file, settings)
+        return search(config, space, config_file, settings, make_run_dir(config, command, resuming=False))
     if command == "train" and config.run.resume and (earlier := go_on(config)) is not None:
         return earlier
+    if command == "train" and ":" in config.objective.name:
+        from ript_ray.algos.objectives import find_objective
+
+        find_objective(config.objective.name)
     if command == "train" and not config.scaling.ray:
         return train_without_ray(config, make_run_dir(config, command, resuming=False))
     config = fit_actors(config, resolve(config.policy.checkpoint))

@@ -69,7 +69,7 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
             logging_level=logging.WARNING,
             log_to_driver=False,
             configure_logging=True,
-            runtime_env={"env_vars": env_vars | {"PYTHONPATH": _project_path()}},
+            runtime_env={"env_vars": env_vars | {"PYTHONPATH": _python_path()}},
         )
     except ConnectionError as error:
         raise UserError(
@@ -118,6 +118,7 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
     return actors
 
 
-def _project_path() -> str:
-    """Workers import the project's packages from where the driver does."""
-    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+def _python_path() -> str:
+    """Workers import the project's packages from where the driver does, and what is on its own path."""
+    project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -33,24 +33,25 @@ _POLL_S = 1.0
 _END_TIMEOUT_S = 120.0
 
 
-def search(config: Config, config_file: Path, settings: list[str], run_dir: Path) -> dict[str, Any]:
-    """Run ``tune.trials`` jobs whose settings are drawn from ``tune.search``.
+def search(
+    config: Config, space: dict[str, Any], config_file: Path, settings: list[str], run_dir: Path
+) -> dict[str, Any]:
+    """Run ``tune.trials`` jobs whose settings are drawn from a space.
 
     Args:
         config: as each job has it, apart from what is searched.
+        space: from `search_space`.
         config_file: of the jobs.
         settings: ``section.key=value`` of the command line, for the jobs too.
         run_dir: holds the search and the jobs' own folders.
 
     Returns:
         ``best`` (its settings, folder and success) and ``trials``, the best first.
-
-    Raises:
-        UserError: when ``tune.search`` names no settings, or a trial could not have them.
     """
-    own = [word for word in settings if not word.startswith(("tune.", "run."))]
-    space = _space(config, config_file, own)
-    with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+    own = _of_jobs(settings)
+    one = ResourcePlan.of(config.scaling)
+    together = ResourcePlan(one.actors, one.cpus * config.tune.parallel, one.gpus * config.tune.parallel)
+    with ray_session(config.scaling, together):
         job = {
             "command": [
                 sys.executable,
@@ -88,8 +89,12 @@ def search(config: Config, config_file: Path, settings: list[str], run_dir: Path
     return {"best": trials[0], "trials": trials}
 
 
-def _space(config: Config, config_file: Path, settings: list[str]) -> dict[str, Any]:
-    """Ray Tune's search space: a list is a choice, {low, high} and {low, high, log: true} are ranges."""
+def search_space(config: Config, config_file: Path, settings: list[str]) -> dict[str, Any]:
+    """Ray Tune's search space: a list is a choice, {low, high} and {low, high, log: true} are ranges.
+
+    Raises:
+        UserError: when ``tune.search`` names no settings, or a job could not have them.
+    """
     if not config.tune.search:
         raise UserError(
             "tune.search is empty: expected keys with lists or ranges, for example "
@@ -110,8 +115,12 @@ def _space(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
                 f"tune.search: {key}={values!r}; expected a list, or low and high, with log: true or without"
             )
         for value in tried:
-            load_config(config_file, [*settings, _word(key, value)])
+            load_config(config_file, [*_of_jobs(settings), _word(key, value)])
     return space
+
+
+def _of_jobs(settings: list[str]) -> list[str]:
+    return [word for word in settings if not word.startswith(("tune.", "run."))]
 
 
 def _word(key: str, value: Any) -> str:

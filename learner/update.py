@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
+from ript_ray.algos.objectives import Draw, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import add_lora, freeze, merge_lora
 from ript_ray.policies.policy import Policy, sample_time, shift_images
@@ -203,7 +203,7 @@ def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
 
 def _loss(draw: Draw, terms: _Terms) -> torch.Tensor:
     """The sum over samples; the caller divides by the batch size, whatever the micro-batches are."""
-    result = OBJECTIVES[terms.objective.name](draw, terms.objective)
+    result = find_objective(terms.objective.name)(draw, terms.objective)
     total = result.per_sample.sum()
     if terms.anchor is not None:
         change = draw.change_since(terms.anchor)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ript_ray.errors import UserError, nearest
 
 INIT_STATES = 50
 """Official initial states of each LIBERO task; other environments number as many."""
+
+OBJECTIVE_NAMES = ("advantage_weighted", "cfg", "flow_sde", "fpo", "imitation", "label_dropout", "nft")
 
 
 class _Section(BaseModel):
@@ -138,8 +140,9 @@ class DataConfig(_Section):
 class ObjectiveConfig(_Section):
     """The loss, and how advantages enter it (`ript_ray.algos.objectives`, `ript_ray.algos.advantages`)."""
 
-    name: Literal["advantage_weighted", "cfg", "flow_sde", "fpo", "imitation", "label_dropout", "nft"] = "cfg"
-    """Which objective; each has its equation and source in a file of its own."""
+    name: str = "cfg"
+    """Which objective: advantage_weighted, cfg, flow_sde, fpo, imitation, label_dropout or nft, each with its equation
+    and source in a file of its own; or ``module:function``, one of yours (docs/extending.md)."""
     alpha: float = Field(default=0.1, ge=0.0)
     """Weight of the unconditional branch (``cfg``, ``imitation``, ``advantage_weighted``)."""
     dropout: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -175,6 +178,15 @@ class ObjectiveConfig(_Section):
     """Largest weight of ``negatives=exp``."""
     floor: float = Field(default=0.05, ge=0.0)
     """Smallest weight of ``negatives=clamp``."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OBJECTIVE_NAMES and not all(name.partition(":")):
+            raise ValueError(
+                f"expected {', '.join(OBJECTIVE_NAMES)} or module:function; {nearest(name, OBJECTIVE_NAMES)}"
+            )
+        return name
 
 
 class TrainConfig(_Section):

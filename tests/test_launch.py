@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
+import torch
 
 from launch import main
+from ript_ray.policies.checkpoints import load_policy
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +40,16 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
         (["bench", "env", "--suite", "libero_spatal", "--task", "3"], "did you mean 'libero_spatial'"),
         (["replay", "nowhere"], "no episode at nowhere; runs leave theirs in RUN_DIR/episodes"),
         (["replay"], "expected 1 path, found 0"),
+        (["info", "nowhere"], "no config.yaml there"),
+        (["submit"], "run.dir=None: a job's own folder is deleted when it ends"),
+        (["tune"], "tune.search is empty"),
+        (["tune", "tune.search={train.lrr: [1]}"], "did you mean 'train.lr'"),
+        (
+            ["tune", "tune.search={train.epochs: [3, -1]}"],
+            "train.epochs=-1: input should be greater",
+        ),
+        (["tune", "tune.search={train.lr: {low: 1}}"], "expected a list, or low and high"),
+        (["train", "scaling.ray=false", "train.mode=async"], "one process can only collect and learn in turn"),
     ],
 )
 def test_a_mistake_ends_with_one_message_and_exit_code_2(
@@ -44,6 +59,25 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2(
     said = capsys.readouterr().err
     assert part in said
     assert "Traceback" not in said
+
+
+def check_the_model_in_mlflow(run: Path) -> None:
+    """Loaded by MLflow and asked for actions, it answers as the policy does that the run ended with."""
+    mlflow.set_tracking_uri(f"sqlite:///{run.parent / 'mlflow.db'}")
+    model = mlflow.pyfunc.load_model(f"runs:/{(run / 'mlflow-run').read_text().strip()}/policy")
+    rng = np.random.default_rng(0)
+    seen: dict[str, Any] = {
+        "frames": rng.integers(0, 256, (3, 2, 64, 64, 3), dtype=np.uint8),
+        "states": rng.normal(size=(3, 8)).astype(np.float32),
+        "instructions": ["pick up the alphabet soup and place it in the basket"] * 3,
+        "seed": 5,
+    }
+    policy = load_policy(run / "checkpoints/0002")
+    noise = torch.randn(3, policy.horizon, policy.action_dim, generator=torch.Generator().manual_seed(5))
+    frames, states = torch.from_numpy(seen["frames"]), torch.from_numpy(seen["states"])
+    with torch.no_grad():
+        expected, _ = policy.act(frames, states, seen["instructions"], noise, guidance=2.0)
+    np.testing.assert_allclose(model.predict(seen), expected.numpy(), atol=1e-6)
 
 
 @pytest.mark.libero
@@ -95,8 +129,12 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert summary["errors"] == []
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["update"] for row in rows} == {1, 2}
-    for file in ("config.yaml", "success.png", "run.log", "checkpoints/0002/model.safetensors", "before-failure.mp4"):
-        assert (run / file).exists(), file
+    files = ["config.yaml", "success.png", "run.log", "report.html", "checkpoints/0002/model.safetensors"]
+    videos = [entry["file"] for entry in json.loads((run / "videos/captions.json").read_text())]
+    for file in [*files, "before-failure.mp4", *videos]:
+        assert (run / file).stat().st_size > 0, file
+    assert videos[0].startswith("videos/00002-")  # the newest first
+    check_the_model_in_mlflow(run)
     assert "update 2, learner/steps" in (run / "run.log").read_text()
     assert (tmp_path / "mlflow.db").exists()
     assert launch("train", f"run.dir={run}").returncode == 2  # a finished run is not overwritten

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from ript_ray.algos.objectives.advantage_weighted import advantage_weighted
 from ript_ray.algos.objectives.cfg import cfg
 from ript_ray.algos.objectives.draw import Draw, Loss, Objective
@@ -11,8 +13,9 @@ from ript_ray.algos.objectives.imitation import imitation
 from ript_ray.algos.objectives.label_dropout import label_dropout
 from ript_ray.algos.objectives.nft import nft
 from ript_ray.config import ObjectiveConfig
+from ript_ray.errors import UserError
 
-__all__ = ["OBJECTIVES", "Draw", "Loss", "Objective", "compares_with_reference"]
+__all__ = ["OBJECTIVES", "Draw", "Loss", "Objective", "compares_with_reference", "find_objective"]
 
 OBJECTIVES: dict[str, Objective] = {
     "advantage_weighted": advantage_weighted,
@@ -25,7 +28,27 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def find_objective(name: str) -> Objective:
+    """One of `OBJECTIVES`, or, as ``module:function``, somebody's own.
+
+    Raises:
+        UserError: when there is no such module or function.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, _, function = name.partition(":")
+    try:
+        found: Objective = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"objective.name={name!r}: {error}; expected module:function of a module that Python finds, for example on "
+            "PYTHONPATH"
+        ) from error
+    return found
+
+
 def compares_with_reference(settings: ObjectiveConfig) -> bool:
-    """Does the objective ask for the policy before the update?"""
+    """Does the objective ask for the policy before the update? One's own says so by an attribute of this name."""
     hinged = settings.name == "advantage_weighted" and settings.negatives == "hinge"
-    return hinged or settings.name in ("nft", "fpo")
+    asks = getattr(find_objective(settings.name), "compares_with_reference", False)
+    return hinged or asks or settings.name in ("nft", "fpo")

@@ -1,0 +1,41 @@
+"""A search over settings, by real training jobs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import SETTINGS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_search_ranks_its_jobs_and_goes_on_after_an_interruption(point_start: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "launch.py", "tune", *SETTINGS, f"policy.checkpoint={point_start}", "tune.trials=2"]
+    command += ["tune.search={train.lr: [1.0e-4, 1.0e-3]}", f"run.dir={tmp_path / 'search'}", "run.seed=1"]
+    command += ["--json", str(tmp_path / "found.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "search/jobs").glob("*/checkpoints/0001/policy.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=180)
+    begun = {folder.name for folder in (tmp_path / "search/jobs").iterdir() if folder.is_dir()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["trials"]) == 2
+    assert found["best"]["success_low"] == max(trial["success_low"] for trial in found["trials"])
+    assert all(trial["error"] is None for trial in found["trials"])
+    folders = {Path(trial["folder"]).name for trial in found["trials"]}
+    assert begun <= folders  # what had begun went on
+    assert found["best"]["held_out"]["held_out"]["final"]["episodes"] == 4

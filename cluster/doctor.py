@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,9 @@ def examine(config: Config) -> dict[str, Any]:
         "rendering": _rendering,
         "memory": _memory,
         "disk": _disk,
+        "shm": _shared_memory,
+        "ports": _ports,
+        "cluster": _cluster,
         "resources": _resources,
     }
     result: dict[str, Any] = {}
@@ -91,6 +95,48 @@ def _disk(_: Config) -> str:
     return f"{free:.0f} GiB free"
 
 
+def _shared_memory(_: Config) -> str:
+    """Ray keeps objects there, and falls back to a slow disk when it is small."""
+    if not os.path.isdir("/dev/shm"):
+        return "no /dev/shm; Ray keeps objects on the disk"
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    if free < 1:
+        raise RuntimeError(f"{free:.1f} GiB free in /dev/shm; start the container with --shm-size=8g or more")
+    return f"{free:.0f} GiB free in /dev/shm"
+
+
+def _ports(config: Config) -> str:
+    port = config.run.report_port
+    if not port:
+        return "the report page takes any free port" if port == 0 else "no report page is served"
+    with socket.socket() as tried:
+        try:
+            tried.bind((config.run.report_host, port))
+        except OSError as error:
+            raise RuntimeError(
+                f"run.report_port={port} cannot be had ({error.strerror}); choose another, or 0"
+            ) from error
+    return f"run.report_port={port} is free"
+
+
+def _cluster(config: Config) -> str:
+    """Is the cluster there that the job would join?"""
+    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return "none to join; the job starts Ray on this machine"
+    from ray.util.state import list_nodes
+
+    dashboard = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    try:
+        nodes = list_nodes(address=dashboard, filters=[("state", "=", "ALIVE")], timeout=10)
+    except Exception as error:  # Ray has many
+        raise RuntimeError(
+            f"no cluster answers at {dashboard} ({type(error).__name__}); start one: ray start --head, or set "
+            "RAY_API_SERVER_ADDRESS"
+        ) from error
+    return f"{len(nodes)} nodes at {dashboard}"
+
+
 def _resources(config: Config) -> str:
     import torch
 
@@ -100,4 +146,6 @@ def _resources(config: Config) -> str:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     if config.scaling.address is None:
         plan.check(cpus, gpus)
-    return f"{cpus} CPUs and {gpus} GPUs here; the job reserves {plan.cpus:g} and {plan.gpus:g}"
+    free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in range(gpus)]
+    memory = f" ({', '.join(f'{gib:.0f}' for gib in free)} GiB free)" if free else ""
+    return f"{cpus} CPUs and {gpus} GPUs{memory} here; the job reserves {plan.cpus:g} and {plan.gpus:g}"

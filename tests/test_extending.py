@@ -30,10 +30,26 @@ def test_the_objective_of_the_page_trains(
     assert row["learner/steps"] > 0
     assert row["learner/conditional"] > 0
     assert main(["train", *settings, "objective.name=rare", f"run.dir={tmp_path / 'no'}"]) == 2
-    assert "objective.name='rare': expected the name of one, or module:function" in capsys.readouterr().err
+    assert "objective.name='rare': expected advantage_weighted, cfg" in capsys.readouterr().err
 
 
 def test_the_reference_of_all_settings_is_current() -> None:
     from ript_ray.reference import PAGE, configuration_page
 
     assert PAGE.read_text() == configuration_page(), "run: python -m ript_ray.reference"
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
+    page = (PAGE.parent / "troubleshooting.md").read_text()
+    root = PAGE.parents[1]
+    files = [
+        root / "launch.py",
+        *(f for room in ("actors", "learner", "cluster", "ript_ray") for f in (root / room).rglob("*.py")),
+    ]
+    # Adjacent parts of a text that is split over lines belong together.
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    assert len(rows) > 12
+    for row in rows:
+        for part in re.findall(r"`(.*?)`", row):
+            assert part in code, part

@@ -102,6 +102,7 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
     from cluster.metrics import Metrics
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
+    from cluster.summary import leave_behind, summarise
     from learner.loop import learner_group
     from ript_ray.policies.checkpoints import newest_policy
     from ript_ray.report import write_report
@@ -249,71 +250,6 @@ def sft(config: Config, run_dir: Path) -> dict[str, Any]:
     save_policy(folder, policy, about={"sft": config.sft.model_dump(), "demos": config.data.demos})
     print(f"policy of {sum(p.numel() for p in policy.parameters()):,} parameters in {folder}")
     return diagnostics | {"output": str(folder), "weights_sha256": weights_sha256(cpu_weights(policy))}
-
-
-def summarise(
-    config: Config,
-    base: dict[str, Any],
-    final: dict[str, Any],
-    totals: dict[str, Any],
-    counts: dict[str, Any],
-    rows: list[dict[str, Any]],
-    renderer: str,
-) -> dict[str, Any]:
-    """The content of ``summary.json``."""
-    from ript_ray.evaluation import before_and_after, by_task, evaluation_contexts
-    from ript_ray.reporting import versions
-
-    contexts = evaluation_contexts(config)
-    seconds = totals.pop("seconds")
-    for part in ("busy", "idle"):
-        seconds[f"learner_{part}"] = sum(row.get(f"learner/{part}_s", 0.0) for row in rows)
-    frames = totals.pop("frames")
-    rendered = frames["looked"] + counts.pop("training_frames")
-    return {
-        "env": config.env.id,
-        "evaluation": {
-            name: before_and_after(base["results"][name], after) for name, after in final["results"].items()
-        },
-        "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
-        "tasks": {
-            name: by_task(contexts[name], base["results"][name], after) for name, after in final["results"].items()
-        }
-        if len(config.env.ids) > 1
-        else {},
-        "held_out_init_states": list(config.env.eval_init_states),
-        "train_init_states": list(config.env.train_init_states),
-        "train_placements": config.env.train_placements,
-        **totals,
-        **counts,
-        "seconds": seconds,
-        "learner_peak_memory_mb": max((row.get("learner/peak_memory_mb", 0.0) for row in rows), default=0.0),
-        "versions": versions(renderer),
-    }
-
-
-def leave_behind(
-    run_dir: Path, summary: dict[str, Any], rows: list[dict[str, Any]], actor: Any, outcomes: dict[str, Any]
-) -> None:
-    """Write summary, curve, and videos of a failed and of a successful rollout before and after."""
-    import ray
-
-    from ript_ray.report import write_report
-    from ript_ray.reporting import describe_summary, plot_success, write_json, write_video
-
-    write_json(run_dir / "summary.json", summary)
-    write_report(run_dir)
-    plot_success(run_dir / "success.png", summary, rows)
-    for when, outcome in outcomes.items():
-        for success, kept in outcome["kept"].items():
-            for reference in kept.values():
-                frames = ray.get(actor.film.remote(reference), timeout=300)
-                write_video(run_dir / f"{when}-{'success' if success else 'failure'}.mp4", frames, 10.0)
-    for error in summary["errors"]:
-        log.warning("survived: %s", error)
-    log.info(describe_summary(summary))
-    print(describe_summary(summary))
-    print(f"  everything in {run_dir}")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     Raises:
         UserError: when the job could not run there, or nobody answers.
     """
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
     from ray.util.state import list_nodes
 
@@ -41,10 +42,11 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     try:
         client = JobSubmissionClient(address)
         nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], timeout=30)
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except (ConnectionError, RuntimeError, OSError, RayError) as error:
         raise UserError(
             f"no Ray cluster answers at {address} ({str(error).strip().splitlines()[0]}); start one with 'ray start "
-            "--head', or set RAY_API_SERVER_ADDRESS to the address of its dashboard"
+            "--head', or set RAY_API_SERVER_ADDRESS to the address of its dashboard; if it asks for a token, set "
+            "RAY_AUTH_MODE=token"
         ) from error
     have = [node.resources_total or {} for node in nodes]
     ResourcePlan.of(config.scaling).check(sum(n.get("CPU", 0.0) for n in have), sum(n.get("GPU", 0.0) for n in have))

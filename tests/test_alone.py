@@ -12,7 +12,7 @@ from launch import main
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("windows", ["seen", "all"])
+@pytest.mark.parametrize("windows", ["seen", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, windows: str) -> None:
     settings = [
         *SETTINGS,

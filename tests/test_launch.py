@@ -174,9 +174,9 @@ def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tm
     summary = json.loads((run / "summary.json").read_text())
     assert summary["updates"] == 3
     # Six episodes of 60 steps (none can succeed so early), 11 windows each. Those of the first update are used in the
-    # second again and too old for the third; the same, shifted by one, for the second if it was collected ahead.
+    # second again and too old for the third; likewise each episode of the second that was collected ahead.
     assert summary["env_steps"] == 360
-    assert summary["samples"]["windows"] in (22 + 44 + 44, 22 + 44 + 22)
+    assert summary["samples"]["windows"] in (22 + 44 + 22, 22 + 44 + 33, 22 + 44 + 44)
     assert summary["staleness"]["max"] <= 1
     assert summary["staleness"]["dropped"] in (2, 4)
     assert summary["seconds"]["render"] > 0

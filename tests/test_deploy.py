@@ -1,0 +1,76 @@
+"""Cluster files against their schema, against each other and against the project."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from ript_ray.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "cluster" / "deploy"
+
+
+def job_of(entrypoint: str) -> Config:
+    """The configuration that a job with this command line has."""
+    words = shlex.split(entrypoint)
+    assert words[:4] == ["python", "launch.py", "train", "--config"]
+    return load_config(ROOT / words[4], words[5:])
+
+
+def test_the_file_for_ray_up_follows_rays_schema() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((DEPLOY / "ray-up.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(cluster | {"max_worker": 1}, schema)
+    kinds = cluster["available_node_types"]
+    assert cluster["head_node_type"] in kinds
+    assert {kind.get("labels", {}).get("role") for kind in kinds.values()} == {None, "rollout", "learner"}
+    assert sum(kind["max_workers"] for kind in kinds.values()) <= cluster["max_workers"]
+
+
+def test_the_kuberay_job_runs_this_project_with_labels_that_exist() -> None:
+    job = yaml.safe_load((DEPLOY / "kuberay-rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]["rayClusterSpec"]
+    assert spec["rayVersion"] == version("ray")
+    config = job_of(job["spec"]["entrypoint"])
+    assert config.run.resume
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    for name, labels in (("rollout", config.scaling.actor_labels), ("learner", config.scaling.learner_labels)):
+        assert groups[name]["labels"] == labels
+        assert groups[name]["minReplicas"] <= groups[name]["replicas"] <= groups[name]["maxReplicas"]
+    for group in (spec["headGroupSpec"], *groups.values()):
+        assert "labels" not in group["rayStartParams"]  # KubeRay refuses them there
+        pod: dict[str, Any] = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        shared = next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "shared")
+        assert str(config.run.dir).startswith(f"{shared}/")
+
+
+def test_the_container_holds_all_that_the_project_is() -> None:
+    lines = (DEPLOY / "Containerfile").read_text()
+    copied = {word for line in re.findall(r"^COPY (.*)$", lines, re.MULTILINE) for word in line.split()[:-1]}
+    for name in copied:
+        assert (ROOT / name).exists(), name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    modules = {f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]}
+    assert packages | modules | {"pyproject.toml", project["project"]["readme"]} <= copied
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_configuration_is_valid(file: Path) -> None:
+    load_config(file, [])

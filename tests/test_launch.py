@@ -176,9 +176,10 @@ def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tm
     # Six episodes of 60 steps (none can succeed so early), 11 windows each. Those of the first update are used in the
     # second again and too old for the third; likewise each episode of the second that was collected ahead.
     assert summary["env_steps"] == 360
-    assert summary["samples"]["windows"] in (22 + 44 + 22, 22 + 44 + 33, 22 + 44 + 44)
+    dropped = summary["staleness"]["dropped"]
+    assert dropped in (2, 3, 4)
+    assert summary["samples"]["windows"] == 22 + 44 + 11 * (6 - dropped)
     assert summary["staleness"]["max"] <= 1
-    assert summary["staleness"]["dropped"] in (2, 4)
     assert summary["seconds"]["render"] > 0
 
 

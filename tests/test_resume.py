@@ -33,9 +33,9 @@ SETTINGS = [
     "sampling.max_groups=8",
     "sampling.skip_after=1",
     "train.updates=3",
-    "train.epochs=20",
-    "train.batch_size=8",
-    "train.micro_batch=8",
+    "train.epochs=4",
+    "train.batch_size=16",
+    "train.micro_batch=16",
     "eval.episodes=4",
 ]
 

@@ -105,7 +105,7 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
     from cluster.summary import leave_behind, summarise
     from learner.loop import learner_group
     from ript_ray.policies.checkpoints import newest_policy
-    from ript_ray.report import write_report
+    from ript_ray.report import LiveReport
 
     started = time.perf_counter()
     policy = load_starting_policy(config)
@@ -124,7 +124,7 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
             tracker,
             Metrics(run_dir.name),
             Gallery(coordinator, actors, run_dir),
-            lambda _: write_report(run_dir),
+            LiveReport(run_dir),
         ]
         with Monitor(coordinator, listeners) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
@@ -144,7 +144,10 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
         acting = {"guidance": config.eval.guidance, "denoise_steps": config.policy.denoise_steps}
-        tracker.artifacts(run_dir, acting)
+        try:
+            tracker.artifacts(run_dir, acting)
+        except Exception:  # the run is finished, whatever becomes of the copies
+            log.exception("MLflow did not take the files of %s", run_dir)
     return summary
 
 
@@ -221,7 +224,8 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         workers = ActorPool(start_actors(RolloutActor, config.scaling, config, {}, None))
-        results = workers.map(lambda actor, context: actor.demonstrate.remote(context), contexts)
+        # One that dies starts again and makes the same demonstration.
+        results = workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
         made = [ray.get(ray.put(demo)) for demo in tqdm(results, total=len(contexts), desc="demonstrations")]
     file = resolve(config.data.demos)
     save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
@@ -263,7 +267,8 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        print(f"\nnot finished; nothing that was played is lost: python launch.py train --resume {run_dir}")
+        if (run_dir / "journal.jsonl").exists() and not (run_dir / "summary.json").exists():
+            print(f"\nnot finished; nothing that was played is lost: python launch.py train --resume {run_dir}")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -322,16 +327,22 @@ def make_folder(folder: Path, key: str) -> None:
 
 def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
     """Create the run directory and write the resolved configuration into it, unless a run in it is resumed."""
+    from actors.journal import wait_until_free
+
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
     if (run_dir / "summary.json").exists():
         raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
-    if not resuming:
-        if (run_dir / "journal.jsonl").exists():
+    if resuming:
+        wait_until_free(run_dir)
+    else:
+        if command == "train" and (run_dir / "journal.jsonl").exists():
             raise UserError(
                 f"run.dir={str(run_dir)!r} holds a run that has not finished; go on with it: python launch.py train "
                 f"--resume {run_dir}; or choose another directory"
             )
+        if any((run_dir / name).exists() for name in ("journal.jsonl", "checkpoints")):
+            raise UserError(f"run.dir={str(run_dir)!r} holds another run; choose another directory")
         make_folder(run_dir, "run.dir")
         save_config(config, run_dir / "config.yaml")
     logging.basicConfig(
@@ -342,7 +353,9 @@ def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line says; the exit code is 0, 2 for a mistake in the input, 130 when it was stopped."""
+    """Run what the command line says; the exit code is 0, 1 when ``doctor`` finds something, 2 for a mistake in the
+    input, 130 when it was stopped.
+    """
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -373,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return int(options.command == "doctor" and not all(check["ok"] for check in result.values()))
 
 
 def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     sampler ──group of K contexts──▶ queue ──one episode per free actor──▶ RolloutActor.collect
        ▲                                                                        │ (report, reference)
-       └── refill while the quota of mixed groups is not met ◀── SamplePool.add ┘
+       └── refill while the quota of accepted groups is not met ◀── SamplePool.add ┘
                                                                       │ quota met or budget spent
                                                                       ▼
                                                             SamplePool.seal(step) ──▶ learners
@@ -59,7 +59,9 @@ class _Totals:
     """That rendering every step would have taken."""
     errors: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("physics", "render", "inference"), 0.0))
-    weights_wait_s: list[float] = field(default_factory=list)
+    weights_wait_s: float = 0.0
+    """That episodes waited for weights, all together."""
+    longest_weights_wait_s: float = 0.0
     rollout_s: float = 0.0
     ended_by: Counter[str] = field(default_factory=Counter)
     """How often each quota or budget ended the rollouts of an update."""
@@ -215,7 +217,6 @@ class Coordinator:
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
         totals = self._totals
-        waits = totals.weights_wait_s
         return {
             "episodes": totals.episodes,
             "env_steps": totals.env_steps,
@@ -227,7 +228,10 @@ class Coordinator:
             "set_aside": [asdict(entry) for entry in self._sampler.aside],
             "frames": {"looked": totals.frames, "eager": totals.eager_frames},
             "seconds": {"rollout": totals.rollout_s, "earlier": self._journal.seconds_before} | totals.seconds,
-            "weights_wait_s": {"mean": float(np.mean(waits)) if waits else 0.0, "max": max(waits, default=0.0)},
+            "weights_wait_s": {
+                "mean": totals.weights_wait_s / max(1, totals.episodes),
+                "max": totals.longest_weights_wait_s,
+            },
         }
 
     def learners_started(self, step: int) -> None:
@@ -235,7 +239,9 @@ class Coordinator:
         with self._lock:
             self._learner_starts += 1
             if self._learner_starts > 1:
-                self._totals.errors.append(f"the learner group was lost and started again at update {step + 1}")
+                fault = f"the learner group was lost and started again at update {step + 1}"
+                self._totals.errors.append(fault)
+                self._journal.fault(fault)
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
@@ -246,7 +252,7 @@ class Coordinator:
                 self._stage, self._done, self._expected = stage, done, expected
 
     def _collect(self, step: int, dispatcher: Dispatcher) -> bool:
-        """Roll groups out until enough mixed ones were accepted or a budget is spent; cancel the surplus.
+        """Roll groups out until enough were accepted or a budget is spent; cancel the surplus.
 
         Returns:
             Whether the goal ``train.stop_at`` is reached.
@@ -259,7 +265,7 @@ class Coordinator:
             self._judge_complete(now, dispatcher)
         errors_before = len(dispatcher.errors)
         worked_before = dict(self._totals.seconds)
-        waits_before = len(self._totals.weights_wait_s)
+        waited_before, episodes_before = self._totals.weights_wait_s, self._totals.episodes
         while (ended := self._ended(now)) is None:
             self._refill(now, dispatcher)
             outcome = dispatcher.next()
@@ -282,8 +288,8 @@ class Coordinator:
         self._totals.errors += errors
         row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
         row |= {f"rollout/{part}_s": s - worked_before[part] for part, s in self._totals.seconds.items()}
-        waits = self._totals.weights_wait_s[waits_before:]
-        row["rollout/weights_wait_s"] = sum(waits) / max(1, len(waits))
+        episodes = self._totals.episodes - episodes_before
+        row["rollout/weights_wait_s"] = (self._totals.weights_wait_s - waited_before) / max(1, episodes)
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at
         return goal is not None and row["rollout/success_low"] >= goal
@@ -422,7 +428,8 @@ class Coordinator:
         totals.frames += report.frames
         totals.eager_frames += report.eager_frames
         totals.env_steps += report.length
-        totals.weights_wait_s.append(report.weights_wait_s)
+        totals.weights_wait_s += report.weights_wait_s
+        totals.longest_weights_wait_s = max(totals.longest_weights_wait_s, report.weights_wait_s)
         for name, value in report.seconds.items():
             totals.seconds[name] += value
         with self._lock:

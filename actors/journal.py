@@ -126,6 +126,16 @@ def _lock(file: TextIO) -> None:
         time.sleep(0.2)
 
 
+def wait_until_free(run_dir: Path) -> None:
+    """Return when no other process writes the journal of a run.
+
+    Raises:
+        UserError: when one goes on doing so.
+    """
+    with (run_dir / _NAME).open("a") as file:
+        _lock(file)
+
+
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
     """All entries of a run so far, while it goes on or later."""
     return read_json_lines(run_dir / _NAME)

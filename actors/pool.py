@@ -44,12 +44,13 @@ class _Counters:
     stored_bytes: int = 0
     advantages: AdvantageCounts = field(default_factory=lambda: AdvantageCounts(0, 0, 0))
     """Of the newest update."""
-    staleness: list[int] = field(default_factory=list)
+    staleness: Counter[int] = field(default_factory=Counter)
+    """How many samples of each age were trained on."""
 
 
 @ray.remote(num_cpus=0)
 class SamplePool:
-    """Groups of K → leave-one-out advantages → mixed groups kept → an index of SO100 windows → shards."""
+    """Groups of K → leave-one-out advantages → kept or rejected → an index of SO100 windows → shards."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -68,7 +69,7 @@ class SamplePool:
         return "SamplePool"
 
     async def add(self, group: int, reports: list[EpisodeReport], references: list[Any]) -> bool:
-        """Add the rollouts of a group; accepted if they differ in their outcomes.
+        """Add the rollouts of a group, accepted or rejected as `is_kept` says.
 
         Args:
             group: its number; identifiers of samples follow from it.
@@ -94,7 +95,6 @@ class SamplePool:
             said who makes them, at once when there are none.
         """
         self._sweep(step)
-        self._samples = dict(sorted(self._samples.items()))  # whichever finished first
         samples = self._samples.items()
         shard, self._count.advantages = make_shard(
             step,
@@ -105,7 +105,7 @@ class SamplePool:
         )
         self._count.windows += len(shard.windows)
         self._count.trained += shard.order.size
-        self._count.staleness += [step - sample.report.policy_version for _, sample in samples]
+        self._count.staleness.update(step - sample.report.policy_version for _, sample in samples)
         self._sealing = shard, self._without_frame(shard.windows, shard.order)
         jobs = self._missing_frames(self._sealing[1])
         if not jobs:
@@ -128,8 +128,6 @@ class SamplePool:
         whole, keys = self._sealing
         needed = dict.fromkeys(self._rendered[key] for key in keys if key in self._rendered)
         self._sealed[whole.step] = replace(whole, rendered=tuple(needed))
-        for old in [s for s in self._sealed if s < whole.step - 1]:
-            del self._sealed[old]
         async with self._newly_sealed:
             self._newly_sealed.notify_all()
 
@@ -152,20 +150,23 @@ class SamplePool:
                 return None
         if self._is_over(step):
             return Finished()
+        # A learner that asks for a step has done all before; rollouts, though, may be several steps ahead of it.
+        for old in [s for s in self._sealed if s < step - 1]:
+            del self._sealed[old]
         whole = self._sealed[step]
         columns = np.array_split(np.arange(whole.order.shape[1]), world)[rank]
         return replace(whole, order=whole.order[:, columns])
 
     async def stats(self) -> dict[str, Any]:
         """Counters for the summary and the metrics."""
-        count = self._count
+        count, ages = self._count, self._count.staleness
         return {
             "groups": {"accepted": count.accepted, "rejected": count.rejected},
             "samples": {"windows": count.windows, "trained": count.trained},
             "staleness": {
-                "mean": float(np.mean(count.staleness)) if count.staleness else 0.0,
-                "max": max(count.staleness, default=0),
-                "histogram": {str(age): n for age, n in sorted(Counter(count.staleness).items())},
+                "mean": sum(age * n for age, n in ages.items()) / max(1, ages.total()),
+                "max": max(ages, default=0),
+                "histogram": {str(age): n for age, n in sorted(ages.items())},
                 "dropped": count.stale_dropped,
             },
             "advantages": asdict(count.advantages),

@@ -17,9 +17,10 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import control, env, faults, learner, objectives, policy
+    from benchmarks import asynchrony, control, env, faults, learner, objectives, policy, soak
 
     benchmarks = {
+        "async": asynchrony.measure,
         "control": control.measure,
         "env": env.measure,
         "faults": faults.measure,
@@ -27,6 +28,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
         "memory": learner.measure_memory,
         "objectives": objectives.measure,
         "policy": policy.measure,
+        "soak": soak.measure,
     }
     if len(subjects) != 1 or subjects[0] not in benchmarks:
         given = " ".join(subjects)

@@ -6,28 +6,19 @@ in turn; where the job itself ends, it is resumed once. All runs must end with t
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from actors.journal import read_journal, work_done
-from ript_ray.config import Config, save_config
+from actors.journal import work_done
+from benchmarks.job import Job, new_folder, with_start
+from ript_ray.config import Config
 from ript_ray.errors import UserError
 from ript_ray.reporting import write_json
 
-_ROOT = Path(__file__).parents[1]
-_TIMEOUT_S = 300.0
-"""Longest wait for a job to start, to get on or to recover."""
 FAULTS: dict[str, tuple[str, signal.Signals]] = {
     "rollout actor killed": ("ray::RolloutActor", signal.SIGKILL),
     "sample pool killed": ("ray::SamplePool", signal.SIGKILL),
@@ -54,65 +45,6 @@ class _Injection:
     """Until another process was in its place and something new was played or learnt."""
 
 
-class _Job:
-    """A training job in a process of its own, and what its files say of it."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.folder = folder
-        run = config.run.model_copy(update={"dir": str(folder)})
-        config = config.model_copy(update={"run": run})
-        file = folder.with_suffix(".yaml")
-        save_config(config, file)
-        self._process = _launch("train", "--config", str(file))
-
-    @property
-    def pid(self) -> int:
-        """Of the driver."""
-        return self._process.pid
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """The summary, once the job has finished."""
-        file = self.folder / "summary.json"
-        if not self.has_ended() or not file.exists():
-            return None
-        summary: dict[str, Any] = json.loads(file.read_text())
-        return summary
-
-    def played(self) -> list[int]:
-        """Numbers of the episodes in the journal."""
-        return [entry["number"] for entry in read_journal(self.folder) if entry["kind"] == "played"]
-
-    def wait(self, until: Callable[[], bool]) -> bool:
-        """Wait for something, or for the end of the job; whether it came within the time limit."""
-        deadline = time.monotonic() + _TIMEOUT_S
-        while time.monotonic() < deadline:
-            if until() or self.has_ended():
-                return True
-            time.sleep(0.05)
-        return False
-
-    def has_ended(self) -> bool:
-        """Has the driver ended, one way or the other?"""
-        return self._process.poll() is not None
-
-    def resume(self) -> None:
-        """Start it again."""
-        self._process = _launch("train", "--resume", str(self.folder))
-
-    def find(self, title: str) -> int | None:
-        """A process of the job with this title."""
-        if not title:
-            return self.pid
-        for child in psutil.Process(self.pid).children(recursive=True):
-            try:
-                if title in " ".join(child.cmdline()):
-                    return int(child.pid)
-            except psutil.Error:
-                continue
-        return None
-
-
 def measure(config: Config) -> dict[str, Any]:
     """Inject ``bench.injections`` faults, all kinds in turn, and tell for each kind what became of the job.
 
@@ -122,12 +54,9 @@ def measure(config: Config) -> dict[str, Any]:
     Raises:
         UserError: when the job fails without any fault.
     """
-    folder = Path(config.run.dir or "runs/faults").resolve()
-    if folder.exists():
-        raise UserError(f"run.dir={str(folder)!r} is there already; choose another, or remove it")
-    folder.mkdir(parents=True)
-    config = _with_start(config, folder)
-    undisturbed = _Job(config, folder / "undisturbed")
+    folder = new_folder(config, "faults")
+    config = with_start(config, folder)
+    undisturbed = Job(config, folder / "undisturbed")
     undisturbed.wait(undisturbed.has_ended)
     if undisturbed.result is None:
         raise UserError(f"the job fails without any fault; see {undisturbed.folder / 'run.log'}")
@@ -137,7 +66,7 @@ def measure(config: Config) -> dict[str, Any]:
     injections: list[_Injection] = []
     same: list[bool] = []
     while len(injections) < config.bench.injections:
-        job = _Job(config, folder / f"run-{len(same)}")
+        job = Job(config, folder / f"run-{len(same)}")
         while job.result is None:
             if len(injections) < config.bench.injections:
                 injection = _inject(job, names[len(injections) % len(names)], rng)
@@ -161,23 +90,7 @@ def measure(config: Config) -> dict[str, Any]:
     return result
 
 
-def _with_start(config: Config, folder: Path) -> Config:
-    """The configuration with a policy to start from, made on the spot if the configured one is not of this task."""
-    demos, policy = folder / "demos.safetensors", folder / "start"
-    data = config.data.model_copy(update={"demos": str(demos)})
-    sft = config.sft.model_copy(update={"output": str(policy)})
-    start = config.policy.model_copy(update={"checkpoint": str(policy)})
-    for command in ("demos", "sft"):
-        run = config.run.model_copy(update={"dir": str(folder / command)})
-        update = {"data": data, "sft": sft, "run": run}
-        save_config(config.model_copy(update=update), folder / f"{command}.yaml")
-        process = _launch(command, "--config", str(folder / f"{command}.yaml"))
-        if process.wait(timeout=_TIMEOUT_S) != 0:
-            raise UserError(f"no starting policy: python launch.py {command} --config {folder / command}.yaml fails")
-    return config.model_copy(update={"data": data, "sft": sft, "policy": start})
-
-
-def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
+def _inject(job: Job, fault: str, rng: random.Random) -> _Injection | None:
     """Wait until the job gets on, hit it, and wait until it gets on again; None if it had finished before."""
     title, how = FAULTS[fault]
     goal = work_done(job.folder) + rng.randint(1, 20)
@@ -214,7 +127,7 @@ def _inject(job: _Job, fault: str, rng: random.Random) -> _Injection | None:
     return injection
 
 
-def _gets_on(job: _Job) -> bool:
+def _gets_on(job: Job) -> bool:
     """Is something played or learnt from now on?"""
     done = work_done(job.folder)
     return job.wait(lambda: work_done(job.folder) > done) and work_done(job.folder) > done
@@ -236,8 +149,3 @@ def _table(injections: list[_Injection]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _launch(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "launch.py", *arguments]
-    return subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

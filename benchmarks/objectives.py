@@ -28,13 +28,14 @@ from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out, process
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
+from ript_ray.data.shards import credited
 from ript_ray.data.windows import seen_starts, shuffled_batches
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import load_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
-from ript_ray.types import Context, Shard, Trajectory
+from ript_ray.types import Context, EpisodeReport, Shard, Trajectory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": {"name": "imitation"}},
@@ -239,8 +240,10 @@ def _update(
     pool = dict(enumerate(t for group in kept for t in group.trajectories))
     if not pool:
         return policy
-    advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
-    weights = dict(enumerate(process(np.array(list(advantages.values())), objective)[0].tolist()))
+    raw = np.concatenate([leave_one_out(group.rewards) for group in kept])
+    raw = credited([EpisodeReport.of(trajectory) for trajectory in pool.values()], raw, objective)
+    advantages = dict(enumerate(raw.tolist()))
+    weights = dict(enumerate(process(raw, objective)[0].tolist()))
     data = config.data
     windows = [(i, start) for i, t in pool.items() for start in seen_starts(t, data.short, data.tail)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile

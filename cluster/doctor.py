@@ -89,20 +89,22 @@ def _memory(config: Config) -> str:
 
 
 def _disk(_: Config) -> str:
-    free = shutil.disk_usage(".").free / 2**30
-    if free < 2:
-        raise RuntimeError(f"{free:.1f} GiB free here; runs need about 2")
-    return f"{free:.0f} GiB free"
+    return f"{_free_gib('.', 2, 'here; runs need about 2'):.0f} GiB free"
 
 
 def _shared_memory(_: Config) -> str:
     """Ray keeps objects there, and falls back to a slow disk when it is small."""
     if not os.path.isdir("/dev/shm"):
         return "no /dev/shm; Ray keeps objects on the disk"
-    free = shutil.disk_usage("/dev/shm").free / 2**30
-    if free < 1:
-        raise RuntimeError(f"{free:.1f} GiB free in /dev/shm; start the container with --shm-size=8g or more")
+    free = _free_gib("/dev/shm", 1, "in /dev/shm; start the container with --shm-size=8g or more")
     return f"{free:.0f} GiB free in /dev/shm"
+
+
+def _free_gib(folder: str, needed: float, complaint: str) -> float:
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < needed:
+        raise RuntimeError(f"{free:.1f} GiB free {complaint}")
+    return free
 
 
 def _ports(config: Config) -> str:
@@ -124,11 +126,11 @@ def _cluster(config: Config) -> str:
     address = config.scaling.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return "none to join; the job starts Ray on this machine"
-    from ray.util.state import list_nodes
+    from cluster.session import dashboard_address, living_nodes
 
-    dashboard = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    dashboard = dashboard_address()
     try:
-        nodes = list_nodes(address=dashboard, filters=[("state", "=", "ALIVE")], timeout=10)
+        nodes = living_nodes(dashboard)
     except Exception as error:  # Ray has many
         raise RuntimeError(
             f"no cluster answers at {dashboard} ({type(error).__name__}); start one: ray start --head, or set "
@@ -140,12 +142,12 @@ def _cluster(config: Config) -> str:
 def _resources(config: Config) -> str:
     import torch
 
-    from cluster.session import ResourcePlan
+    from cluster.session import Node, ResourcePlan
 
     plan = ResourcePlan.of(config.scaling)
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     if config.scaling.address is None:
-        plan.check(cpus, gpus)
+        plan.check([Node(cpus, gpus, {})])
     free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in range(gpus)]
     memory = f" ({', '.join(f'{gib:.0f}' for gib in free)} GiB free)" if free else ""
     return f"{cpus} CPUs and {gpus} GPUs{memory} here; the job reserves {plan.cpus:g} and {plan.gpus:g}"

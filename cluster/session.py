@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -18,35 +18,91 @@ from ript_ray.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class ResourcePlan:
-    """CPUs and GPUs that a job reserves."""
+class Node:
+    """What a machine of a cluster has."""
 
-    actors: int
     cpus: float
     gpus: float
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Processes of one kind, each with the same share of a node."""
+
+    kind: Literal["actors", "learners"]
+    count: int
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str]
+    """That the nodes they run on must have, as Ray's label selectors."""
+
+    def fit_on(self, node: Node) -> int:
+        """How many an empty node could take."""
+        if not all(_selects(wanted, node.labels.get(label)) for label, wanted in self.labels.items()):
+            return 0
+        by_gpus = int(node.gpus / self.gpus + 1e-9) if self.gpus else self.count
+        return min(self.count, int(node.cpus / self.cpus + 1e-9), by_gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """The processes of a job that reserve something."""
+
+    workers: tuple[Workers, ...]
 
     @classmethod
-    def of(cls, scaling: ScalingConfig, learners: bool = True) -> ResourcePlan:
-        """The plan of a configuration; without ``learners`` for jobs that only play episodes."""
-        workers = scaling.learners if learners else 0
-        return cls(
-            actors=scaling.actors,
-            cpus=scaling.actors * scaling.actor_cpus + workers * scaling.learner_cpus,
-            gpus=scaling.actors * scaling.actor_gpus + workers * scaling.learner_gpus,
+    def of(cls, scaling: ScalingConfig, learners: bool = True, jobs: int = 1) -> ResourcePlan:
+        """The plan of so many jobs of a configuration; without ``learners`` when they only play episodes."""
+        actors = Workers("actors", jobs * scaling.actors, scaling.actor_cpus, scaling.actor_gpus, scaling.actor_labels)
+        group = Workers(
+            "learners", jobs * scaling.learners, scaling.learner_cpus, scaling.learner_gpus, scaling.learner_labels
         )
+        return cls((actors, group) if learners else (actors,))
 
-    def check(self, cpus: float, gpus: float) -> None:
-        """Raise `UserError` when the plan needs more than ``cpus`` or ``gpus``."""
+    @property
+    def cpus(self) -> float:
+        """That all of them reserve."""
+        return sum(workers.count * workers.cpus for workers in self.workers)
+
+    @property
+    def gpus(self) -> float:
+        """That all of them reserve."""
+        return sum(workers.count * workers.gpus for workers in self.workers)
+
+    def check(self, nodes: Sequence[Node]) -> None:
+        """Raise `UserError` when these nodes together, or the share of one kind that they can place, are too little."""
+        cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+        actors = self.workers[0].count
         if self.cpus > cpus:
             raise UserError(
-                f"scaling.actors={self.actors}: the job needs {self.cpus:g} CPUs, there are {cpus:g}; lower "
+                f"scaling.actors={actors}: the job needs {self.cpus:g} CPUs, there are {cpus:g}; lower "
                 "scaling.actors, scaling.learners, scaling.actor_cpus or scaling.learner_cpus"
             )
         if self.gpus > gpus:
             raise UserError(
-                f"scaling.actors={self.actors}: the job needs {self.gpus:g} GPUs, there are {gpus:g}; lower "
+                f"scaling.actors={actors}: the job needs {self.gpus:g} GPUs, there are {gpus:g}; lower "
                 "scaling.actor_gpus or scaling.learner_gpus (0 runs on CPUs)"
             )
+        for workers in self.workers:
+            fit = sum(workers.fit_on(node) for node in nodes)
+            if fit < workers.count:
+                one = workers.kind.removesuffix("s")
+                share = f"{workers.cpus:g} CPUs and {workers.gpus:g} GPUs"
+                where = f" with scaling.{one}_labels={dict(workers.labels)}" if workers.labels else ""
+                raise UserError(
+                    f"scaling.{workers.kind}={workers.count}: {fit} fit on the {len(nodes)} nodes{where}, each taking "
+                    f"{share} of one node; lower scaling.{workers.kind}, scaling.{one}_cpus or scaling.{one}_gpus, or "
+                    "see what the nodes have: ray list nodes --detail"
+                )
+
+
+def _selects(wanted: str, label: str | None) -> bool:
+    """Does a label have the wanted value: one, ``in(a, b)``, or neither, after ``!``?"""
+    if wanted.startswith("!"):
+        return not _selects(wanted[1:], label)
+    values = wanted[3:-1].split(",") if wanted.startswith("in(") else [wanted]
+    return label in [value.strip() for value in values]
 
 
 @contextlib.contextmanager
@@ -59,12 +115,12 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     local = address is None
     if local:
-        plan.check(os.cpu_count() or 1, torch.cuda.device_count())
+        plan.check([Node(os.cpu_count() or 1, torch.cuda.device_count(), {})])
     # Simulators and BLAS would each start a thread per core in every process.
     env_vars = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # not a cluster that happens to run on this machine
             num_cpus=os.cpu_count() if local else None,
             logging_level=logging.WARNING,
             log_to_driver=False,
@@ -77,8 +133,8 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
         ) from error
     try:
         if not local:
-            have = ray.cluster_resources()
-            plan.check(have.get("CPU", 0.0), have.get("GPU", 0.0))
+            living = [node for node in ray.nodes() if node["Alive"]]
+            plan.check([node_of(node["Resources"], node["Labels"]) for node in living])
         yield
     finally:
         ray.shutdown()
@@ -115,7 +171,29 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
         ray.get(awake, timeout=scaling.wait_timeout_s)
     except ray.exceptions.RayActorError as error:
         raise UserError(f"a rollout actor could not start:\n{error}") from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise UserError(
+            f"scaling.wait_timeout_s={scaling.wait_timeout_s:g}: not all of {scaling.actors} rollout actors started "
+            "within it; see what is taken and by whom: ray status, ray list actors"
+        ) from error
     return actors
+
+
+def node_of(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
+    """A node as Ray lists it."""
+    return Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), labels)
+
+
+def dashboard_address() -> str:
+    """Where a running cluster answers over HTTP."""
+    return os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+
+
+def living_nodes(address: str) -> list[Any]:
+    """The nodes of the cluster whose dashboard is there, with their resources. Ray raises various errors if none is."""
+    from ray.util.state import list_nodes
+
+    return list(list_nodes(address=address, filters=[("state", "=", "ALIVE")], timeout=30))
 
 
 def _python_path() -> str:

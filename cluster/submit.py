@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
 
-from cluster.session import ResourcePlan
+from cluster.session import ResourcePlan, dashboard_address, living_nodes, node_of
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 
@@ -30,7 +30,6 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
-    from ray.util.state import list_nodes
 
     file = _inside(config_file)
     if config.run.dir is None or not Path(config.run.dir).is_absolute():
@@ -38,18 +37,19 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
             f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on a "
             "disk that all nodes share, for example run.dir=/shared/runs/first"
         )
-    address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    # Ray tells of every ignore file that it reads.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    address = dashboard_address()
     try:
         client = JobSubmissionClient(address)
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], timeout=30)
+        nodes = living_nodes(address)
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
         raise UserError(
             f"no Ray cluster answers at {address} ({str(error).strip().splitlines()[0]}); start one with 'ray start "
             "--head', or set RAY_API_SERVER_ADDRESS to the address of its dashboard; if it asks for a token, set "
             "RAY_AUTH_MODE=token"
         ) from error
-    have = [node.resources_total or {} for node in nodes]
-    ResourcePlan.of(config.scaling).check(sum(n.get("CPU", 0.0) for n in have), sum(n.get("GPU", 0.0) for n in have))
+    ResourcePlan.of(config.scaling).check([node_of(node.resources_total or {}, node.labels or {}) for node in nodes])
     words = ["python", "launch.py", "train", "--config", file, *settings]
     if not config.run.resume:
         words.append("run.resume=true")  # so that the same job, sent again, goes on

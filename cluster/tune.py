@@ -24,7 +24,7 @@ from cluster.session import ResourcePlan, ray_session
 from ript_ray.config import Config, known_keys, load_config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError, nearest
-from ript_ray.evaluation import wilson_interval
+from ript_ray.runs import rollout_success
 
 METRIC = "success_low"
 """Lower end of the 95 % interval of the last update's rollouts."""
@@ -36,7 +36,7 @@ _END_TIMEOUT_S = 120.0
 def search(
     config: Config, space: dict[str, Any], config_file: Path, settings: list[str], run_dir: Path
 ) -> dict[str, Any]:
-    """Run ``tune.trials`` jobs whose settings are drawn from a space.
+    """Run ``tune.trials`` jobs whose settings are drawn from a space, or one for each point of a grid.
 
     Args:
         config: as each job has it, apart from what is searched.
@@ -49,9 +49,7 @@ def search(
         ``best`` (its settings, folder and success) and ``trials``, the best first.
     """
     own = _of_jobs(settings)
-    one = ResourcePlan.of(config.scaling)
-    together = ResourcePlan(one.actors, one.cpus * config.tune.parallel, one.gpus * config.tune.parallel)
-    with ray_session(config.scaling, together):
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, jobs=config.tune.parallel)):
         job = {
             "command": [
                 sys.executable,
@@ -64,7 +62,8 @@ def search(
             "address": ray.get_runtime_context().gcs_address,
             "folder": str(run_dir.resolve() / "jobs"),
         }
-        trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), {"cpu": 0})
+        # A trial only watches its job, which reserves for itself; but Tune wants every trial to reserve something.
+        trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), {"memory": 1e6})
         storage = run_dir.resolve()
         if ray_tune.Tuner.can_restore(str(storage / "search")):
             tuner = ray_tune.Tuner.restore(str(storage / "search"), trainable, resume_errored=True)
@@ -75,7 +74,7 @@ def search(
                 tune_config=ray_tune.TuneConfig(
                     metric=METRIC,
                     mode="max",
-                    num_samples=config.tune.trials,
+                    num_samples=1 if _is_grid(config) else config.tune.trials,
                     max_concurrent_trials=config.tune.parallel,
                     scheduler=ASHAScheduler(time_attr="update", grace_period=1, max_t=config.train.updates + 1),
                 ),
@@ -84,8 +83,11 @@ def search(
         results = tuner.fit()
     trials = sorted((_told(result) for result in results), key=lambda trial: -trial["success_low"])
     for trial in trials:
-        words = " ".join(f"{key}={value}" for key, value in trial["settings"].items())
-        print(f"  {trial['successes']}/{trial['episodes']} after {trial['updates']} updates: {words}")
+        words = " ".join(_word(key, value) for key, value in trial["settings"].items())
+        failed = f"; failed: {trial['error'].strip().splitlines()[-1]}" if trial["error"] else ""
+        print(f"  {trial['successes']}/{trial['episodes']} after {trial['updates']} updates: {words}{failed}")
+    if not trials[0]["episodes"]:
+        raise UserError(f"no trial finished an update; what they said is in {run_dir / 'jobs'}/*.log")
     return {"best": trials[0], "trials": trials}
 
 
@@ -105,7 +107,8 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
         if key not in known_keys():
             raise UserError(f"tune.search: unknown key {key!r}; {nearest(key, known_keys())}")
         if isinstance(values, list) and values:
-            space[key], tried = ray_tune.choice(values), values
+            space[key] = ray_tune.grid_search(values) if _is_grid(config) else ray_tune.choice(values)
+            tried = values
         elif isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
             low, high = float(values["low"]), float(values["high"])
             draw = ray_tune.loguniform if values.get("log") else ray_tune.uniform
@@ -119,8 +122,14 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
     return space
 
 
+def _is_grid(config: Config) -> bool:
+    """Are there only lists? Then every combination is tried once."""
+    return all(isinstance(values, list) for values in config.tune.search.values())
+
+
 def _of_jobs(settings: list[str]) -> list[str]:
-    return [word for word in settings if not word.startswith(("tune.", "run."))]
+    """Settings of the jobs: each has a folder of its own, and no server of its page."""
+    return [word for word in settings if not word.startswith(("tune.", "run.dir=", "run.resume=", "run.report_"))]
 
 
 def _word(key: str, value: Any) -> str:
@@ -141,7 +150,16 @@ def _trial(params: dict[str, Any], job: dict[str, Any]) -> None:
                 ended = process.poll() is not None
                 rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if "rollout/episodes" in row]
                 for row in rows[reported:]:
-                    ray_tune.report(_counts(row) | {"folder": str(run_dir)})
+                    success = rollout_success(row)
+                    ray_tune.report(
+                        {
+                            "update": row["update"],
+                            "successes": success["successes"],
+                            "episodes": success["episodes"],
+                            METRIC: success["ci95"][0],
+                            "folder": str(run_dir),
+                        }
+                    )
                 reported = len(rows)
                 if ended:
                     break
@@ -151,14 +169,11 @@ def _trial(params: dict[str, Any], job: dict[str, Any]) -> None:
         finally:
             if process.poll() is None:  # the search ends this trial
                 process.send_signal(signal.SIGTERM)
-                process.wait(timeout=_END_TIMEOUT_S)
-
-
-def _counts(row: dict[str, Any]) -> dict[str, Any]:
-    episodes = int(row["rollout/episodes"])
-    successes = round(row["rollout/success_rate"] * episodes)
-    low, _ = wilson_interval(successes, episodes)
-    return {"update": row["update"], "successes": successes, "episodes": episodes, METRIC: low}
+                try:
+                    process.wait(timeout=_END_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def _told(result: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.loop import plan_steps
+from learner.loop import plan_steps, update_generator
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
@@ -25,14 +25,13 @@ from ript_ray.config import Config
 from ript_ray.data.shards import make_shard
 from ript_ray.envs import World, make
 from ript_ray.envs.rendering import choose
-from ript_ray.evaluation import before_and_after, evaluation_contexts
+from ript_ray.evaluation import before_and_after, evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
     from_published,
     save_policy,
     to_publish,
-    weights_sha256,
 )
 from ript_ray.policies.policy import Policy
 from ript_ray.rollout import play, render_steps
@@ -54,6 +53,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     began = time.perf_counter()
     learning = build_policy(policy.describe(), cpu_weights(policy)).float()
     start = cpu_weights(policy)
+    anchor = build_policy(policy.describe(), start).float().requires_grad_(False) if config.train.anchor > 0 else None
+    acting = learning
     player = Player(config, learning)
     base = player.evaluate()
     say(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
@@ -77,26 +78,28 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                     advantages[i] = float(advantage)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         episodes += len(rewards)
+        goal = config.train.stop_at
+        if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
+            say(f"train.stop_at={goal:g} is reached")
+            break
         stale = [i for i, r in reports.items() if r.policy_version < step - config.train.max_staleness]
         for i in stale:
             del reports[i], trajectories[i], advantages[i]
         shard, _ = make_shard(step, reports, advantages, trajectories, config)
-        if config.train.restart:
-            learning.load_state_dict(start)
         torch.set_num_threads(config.scaling.learner_threads)
         frames = player.missing_frames(shard.windows, trajectories)
         steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
-        generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step * 1009)
-        acting, diagnostics = learning, {"steps": 0.0}
-        if steps:
-            acting, told = update(learning, steps, config.train, config.objective, generator)
-            diagnostics = {"steps": float(len(steps))} | told
+        generator = update_generator(config.run.seed, step, rank=0)
+        diagnostics: dict[str, float] = {}
+        if steps:  # else what acts goes on acting
+            if config.train.restart:
+                learning.load_state_dict(start)
+            acting, diagnostics = update(learning, steps, config.train, config.objective, generator, anchor=anchor)
         save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
-        row |= {"rollout/groups_accepted": len(accepted)} | {
-            f"learner/{name}": value for name, value in diagnostics.items()
-        }
+        row |= {"rollout/groups_accepted": len(accepted), "learner/steps": float(len(steps))}
+        row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time()} | row) + "\n")
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
@@ -105,8 +108,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         "env": config.env.id,
         "evaluation": {name: before_and_after(base[name], after) for name, after in final.items()},
         "episodes": episodes,
-        "updates": config.train.updates,
-        "weights_sha256": weights_sha256(cpu_weights(player.policy)),
+        "updates": player.version,
+        "weights_sha256": player.sha256,
         "seconds": {"total": time.perf_counter() - began},
     }
 
@@ -127,10 +130,10 @@ class Player:
 
     def adopt(self, policy: Policy, version: int) -> None:
         """Act with these weights from now on, as published."""
-        arrays, _ = to_publish(policy, self._config.policy.precision)
+        arrays, self.sha256 = to_publish(policy, self._config.policy.precision)
         copies = {name: array.copy() for name, array in arrays.items()}
         self.policy = build_policy(policy.describe(), from_published(copies), share=True).requires_grad_(False)
-        self._version = version
+        self.version = version
 
     def evaluate(self) -> dict[str, list[bool]]:
         """Successes on the contexts of each column of the evaluation."""
@@ -176,7 +179,7 @@ class Player:
             self._enter(context.env_id),
             self.policy,
             context,
-            policy_version=self._version,
+            policy_version=self.version,
             execute=acting.execute,
             denoise_steps=acting.denoise_steps,
             guidance=guidance,

@@ -74,7 +74,10 @@ def learner_group(
             storage_path=folder,
             worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY},
             # A worker that dies takes the group with it; the group starts again at the update it was in.
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            # One that finds no place is tried again each minute, not for ever.
+            failure_config=ray.train.FailureConfig(
+                max_failures=2, controller_failure_limit=max(1, int(scaling.wait_timeout_s / 60))
+            ),
         ),
     )
 
@@ -99,6 +102,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     policy = build_policy(settings["description"], start).float().to(device)
     anchored = config.train.anchor > 0
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
+    acting = policy
     memory = PeakMemory()
     run_dir = Path(settings["run_dir"])
     checkpoints = run_dir / "checkpoints"
@@ -106,9 +110,10 @@ def train_loop(settings: dict[str, Any]) -> None:
     published = ray.get(store.newest.remote(0), timeout=limit)
     if published is not None:  # the group was restarted: the updates so far are done
         first = published[0]
-        unaveraged = checkpoints / _UNAVERAGED.format(first)
-        newest = unaveraged if unaveraged.exists() else checkpoints / f"{first:04d}"
-        policy.load_state_dict(load_policy(newest).state_dict())
+        acted, unaveraged = checkpoints / f"{first:04d}", checkpoints / _UNAVERAGED.format(first)
+        policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
+        if unaveraged.exists():
+            acting = load_policy(acted).float().to(device)
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -123,10 +128,13 @@ def train_loop(settings: dict[str, Any]) -> None:
             break
         idle = time.perf_counter() - waiting
         began = time.perf_counter()
-        if config.train.restart:
-            policy.load_state_dict(start)
         frames = RenderedFrames(shard.rendered, limit)
-        acting, diagnostics = _learn(policy, anchor, shard, frames, config, rank, coordinator, memory, run_dir)
+        steps = plan_steps(shard, _Trajectories(shard.trajectories, limit), config.train.micro_batch, frames)
+        diagnostics: dict[str, float] = {}
+        if steps:  # else what acts goes on acting
+            if config.train.restart:
+                policy.load_state_dict(start)
+            acting, diagnostics = _learn(policy, anchor, steps, shard.step, config, rank, coordinator, memory, run_dir)
         busy = time.perf_counter() - began
         if rank == 0:
             arrays, sha256 = to_publish(acting, config.policy.precision)
@@ -136,7 +144,8 @@ def train_loop(settings: dict[str, Any]) -> None:
             save_policy(folder, acting, about={"update": step + 1})
             published = store.publish.remote(step + 1, arrays, sha256)
             ray.get(published, timeout=limit)
-        row = {f"learner/{name}": value for name, value in diagnostics.items()}
+        row = {"learner/steps": float(len(steps))}
+        row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         idle, busy = idle + frames.waited_s, busy - frames.waited_s
         row |= {"learner/frames_wait_s": frames.waited_s}
         row |= {"learner/busy_s": busy, "learner/idle_s": idle, "learner/peak_memory_mb": memory.read_mb()}
@@ -148,24 +157,20 @@ def train_loop(settings: dict[str, Any]) -> None:
 def _learn(
     policy: Policy,
     anchor: Policy | None,
-    shard: Shard,
-    frames: RenderedFrames,
+    steps: list[Step],
+    number: int,
     config: Config,
     rank: int,
     coordinator: Any,
     memory: PeakMemory,
     run_dir: Path,
 ) -> tuple[Policy, dict[str, float]]:
-    """One update on one shard, see `update`; nothing to do when no group was mixed.
+    """Update ``number``, see `update`, with its progress told and what was not finite saved.
 
     Raises:
         RuntimeError: when a NaN or an infinity turned up; it names the file with the samples of the step.
     """
-    trajectories = _Trajectories(shard.trajectories, config.scaling.wait_timeout_s)
-    steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
-    if not steps:
-        return policy, {"steps": 0.0}
-    generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + shard.step * 1009 + rank)
+    generator = update_generator(config.run.seed, number, rank)
     show = max(1, len(steps) // 100)
 
     def on_step(index: int, loss: float) -> None:
@@ -173,15 +178,19 @@ def _learn(
             return
         memory.read_mb()
         if rank == 0:
-            coordinator.learning.remote(shard.step, index, len(steps))
+            coordinator.learning.remote(number, index, len(steps))
 
     try:
-        acting, diagnostics = update(policy, steps, config.train, config.objective, generator, on_step, anchor)
+        return update(policy, steps, config.train, config.objective, generator, on_step, anchor)
     except NonFinite as error:
-        file = run_dir / "faults" / f"update-{shard.step + 1}-rank-{rank}.safetensors"
+        file = run_dir / "faults" / f"update-{number + 1}-rank-{rank}.safetensors"
         save_batch(file, [load() for load in steps[error.step].micro_batches])
-        raise RuntimeError(f"update {shard.step + 1}, {error}; the samples of this step are in {file}") from error
-    return acting, {"steps": float(len(steps))} | diagnostics
+        raise RuntimeError(f"update {number + 1}, {error}; the samples of this step are in {file}") from error
+
+
+def update_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """The random numbers of a learner in an update: the same when the update is done again."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + rank)
 
 
 def save_batch(file: Path, batches: Sequence[Batch]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from learner.update import Step, update
-from ript_ray.config import Config, ObjectiveConfig
+from ript_ray.config import Config, ObjectiveConfig, resolve
 from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.windows import gather, seen_starts
 from ript_ray.errors import UserError
@@ -27,7 +26,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     Returns:
         The policy and the diagnostics of the update.
     """
-    demos = list(read_demonstrations(Path(config.data.demos), config.env.ids[0], config.demos.frame_every))
+    demos = list(read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.demos.frame_every))
     pool = dict(enumerate(demos))
     windows = [
         Window(i, start) for i, demo in pool.items() for start in seen_starts(demo, config.data.short, config.data.tail)
@@ -35,7 +34,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if not windows:
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
     torch.manual_seed(config.run.seed)
-    policy = load_policy(Path(config.sft.init)) if config.sft.init else new_policy(demos, windows)
+    policy = load_policy(resolve(config.sft.init)) if config.sft.init else new_policy(demos, windows)
     rng = np.random.default_rng(config.run.seed)
     no_advantages = dict.fromkeys(pool, 0.0)
     size = config.train.batch_size

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ript_ray.algos.objectives import Draw, compares_with_reference, find_objective
+from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import add_lora, freeze, merge_lora
 from ript_ray.policies.policy import Policy, sample_time, shift_images
@@ -184,9 +184,10 @@ def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
     policy, generator = terms.policy, terms.generator
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
+    shift = 0 if compares_with_recording(terms.objective) else terms.train.image_shift
     for load in step.micro_batches:
         batch = load()
-        batch.frames = shift_images(batch.frames, terms.train.image_shift, generator)
+        batch.frames = shift_images(batch.frames, shift, generator)
         noise = torch.randn(len(batch), policy.horizon, policy.action_dim, generator=generator)
         time, chance = sample_time(len(batch), generator), torch.rand(len(batch), generator=generator)
         size = -(-len(batch) // pieces)

@@ -25,9 +25,9 @@ class RunConfig(_Section):
     """Where a run leaves its files and how it is named."""
 
     dir: str | None = None
-    """Where the run leaves its files; ``runs/<name>-<date>`` by default."""
+    """Where the run leaves its files; ``runs/<command>-<date>`` by default."""
     name: str = "train"
-    """Shown in the run directory's name and in MLflow."""
+    """Shown in MLflow."""
     seed: int = Field(default=0, ge=0)
     """Seeds context sampling, policy noise and training."""
     mlflow_uri: str | None = None
@@ -104,7 +104,7 @@ class SamplingConfig(_Section):
     group_size: int = Field(default=8, ge=2)
     """Rollouts K of one context, whose results are compared with each other."""
     groups: int = Field(default=8, ge=1)
-    """Mixed groups (some succeed, some fail) wanted for one update."""
+    """Groups wanted for one update, not counting those that ``objective.baseline=group`` rejects."""
     max_groups: int = Field(default=12, ge=1)
     """Budget of groups for one update, ``group_size`` episodes each: rejected ones are replaced until it is spent."""
     max_seconds: float | None = Field(default=None, gt=0.0)
@@ -155,6 +155,9 @@ class ObjectiveConfig(_Section):
     """``fpo``: scale of the difference of mean losses that stands in for a log-ratio."""
     margin: float = Field(default=0.02, ge=0.0)
     """``negatives=hinge``: the loss of a bad sample counts up to its old value plus this."""
+    baseline: Literal["group", "task"] = "group"
+    """What a rollout is compared with: the others of its group, and groups that agree in their results are rejected; or
+    all others of its task, and every group is kept."""
     fastest: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each task's successes that count as good: the fastest. The others, which fumbled, count as neither."""
     normalise: Literal["none", "zero_mean", "standard", "robust", "min_max"] = "none"
@@ -237,7 +240,8 @@ class TrainConfig(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16`` computes in autocast; it pays on GPUs and on CPUs with bfloat16 units."""
     image_shift: int = Field(default=3, ge=0)
-    """Augmentation: random shifts of frames, in pixels."""
+    """Augmentation: random shifts of frames, in pixels; none where recorded probabilities of the frames as they
+    were are compared with (``flow_sde``)."""
 
 
 class ScalingConfig(_Section):
@@ -332,13 +336,13 @@ class TuneConfig(_Section):
     search: dict[str, Any] = {}
     """What is searched, by key: a list of choices, or {low, high} of a range, with log: true on a logarithmic scale."""
     trials: int = Field(default=8, ge=1)
-    """Training jobs."""
+    """Training jobs, where there is a range; lists alone are a grid, of which every combination is tried once."""
     parallel: int = Field(default=1, ge=1)
     """How many of them at a time."""
 
 
 class BenchConfig(_Section):
-    """What ``bench objectives`` compares, ``bench faults`` disturbs and ``bench policy`` measures."""
+    """What the benchmarks compare, disturb, watch and measure."""
 
     objectives: tuple[str, ...] = ()
     """Names in ``benchmarks/objectives.py``; all by default."""
@@ -348,6 +352,10 @@ class BenchConfig(_Section):
     """Rollouts and updates in each run."""
     injections: int = Field(default=100, ge=1)
     """Faults that ``bench faults`` injects."""
+    job_timeout_s: float = Field(default=7200.0, gt=0.0)
+    """Longest time of a job in ``bench async`` and ``bench soak``."""
+    soak_updates: int = Field(default=262, ge=1)
+    """Updates of the job that ``bench soak`` watches; the default job would make so many in a day."""
     simulated: int = Field(default=1000, ge=1)
     """Rollout actors that ``bench control`` simulates."""
     preset: Literal["pi0", "pi05", "pi0_tiny", "pi05_tiny"] = "pi0_tiny"
@@ -413,6 +421,20 @@ class Config(_Section):
             raise ValueError(
                 f"objective.negatives=hinge with objective.name={objective.name}: only advantage_weighted bounds the "
                 "loss of single samples; choose another of objective.negatives"
+            )
+        if objective.name in ("cfg", "label_dropout", "imitation"):
+            for key in ("normalise", "clip", "negatives"):
+                if getattr(objective, key) != ObjectiveConfig.model_fields[key].default:
+                    raise ValueError(
+                        f"objective.{key}={getattr(objective, key)} with objective.name={objective.name}: it asks only "
+                        "whether an advantage is positive; choose advantage_weighted, nft, fpo or flow_sde"
+                    )
+        own_samples = not self.train.restart and self.train.max_staleness == 0
+        if objective.name in ("fpo", "nft") and self.train.updates > 1 and not own_samples:
+            raise ValueError(
+                f"objective.name={objective.name} with train.restart={str(self.train.restart).lower()} and "
+                f"train.max_staleness={self.train.max_staleness}: it compares with the policy before the update, which "
+                "must have made the samples; set train.restart=false train.max_staleness=0"
             )
         if self.sampling.max_groups < self.sampling.groups:
             raise ValueError(

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ript_ray.evaluation import wilson_interval
+from ript_ray.reporting import write_text
 from ript_ray.runs import Run
 
 VIDEOS = "videos"
 """Folder of a run with the newest rollouts as videos, and a JSON file of captions."""
 CAPTIONS = "captions.json"
+_SHARE = 0.01
+"""Of the time, that keeping the page of a running job up to date may take."""
 MAX_POINTS = 400
 """Points of a curve; a longer run shows several updates together as one."""
 _SUMS = (
@@ -109,9 +113,21 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: when it is no run directory.
     """
-    page = report_html(Run.load(run_dir))
     file = run_dir / "report.html"
-    partial = run_dir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(file)
+    write_text(file, report_html(Run.load(run_dir)))
     return file
+
+
+class LiveReport:
+    """Keeps the page of a running job up to date; less often as the run, and with it the reading of it, gets longer."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._next = 0.0
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Called with each row of metrics."""
+        began = time.monotonic()
+        if began >= self._next:
+            write_report(self._run_dir)
+            self._next = began + (time.monotonic() - began) / _SHARE

@@ -23,8 +23,13 @@ def versions(renderer: str) -> dict[str, str]:
 
 def write_json(file: Path, values: dict[str, Any] | list[Any]) -> None:
     """Write a JSON file; it appears complete or not at all."""
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file; it appears complete or not at all."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 

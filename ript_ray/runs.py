@@ -46,7 +46,8 @@ class Run:
                 summary = json.loads((folder / "summary.json").read_text())
             except ValueError as error:
                 raise UserError(f"{folder / 'summary.json'} is damaged: {error}") from error
-        entries = read_json_lines(folder / "journal.jsonl") if summary is None else []
+        journal = folder / "journal.jsonl"
+        entries = read_json_lines(journal, containing='"fault"') if summary is None else []
         faults = [entry["text"] for entry in entries if entry["kind"] == "fault"]
         return cls(
             folder=folder,
@@ -118,7 +119,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
     rows = [{row["update"]: row for row in run.rows if "rollout/episodes" in row} for run in (first, second)]
     training = []
     for update in sorted(rows[0].keys() & rows[1].keys()):
-        pair = [_counts(side[update]) for side in rows]
+        pair = [rollout_success(side[update]) for side in rows]
         apart = pair[0]["ci95"][0] > pair[1]["ci95"][1] or pair[1]["ci95"][0] > pair[0]["ci95"][1]
         training.append({"update": update, "first": pair[0], "second": pair[1], "disjoint": apart})
     evaluation = {}
@@ -172,8 +173,8 @@ def _flat(config: Config) -> dict[str, Any]:
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
-def _counts(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics as a success summary."""
+def rollout_success(row: dict[str, Any]) -> dict[str, Any]:
+    """The success of an update's rollouts, from its row of metrics; as `success_summary` has it."""
     episodes = int(row["rollout/episodes"])
     successes = round(row["rollout/success_rate"] * episodes)
     rate = row["rollout/success_rate"]
@@ -186,4 +187,4 @@ def _counts(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    return describe_rate(_counts(row))
+    return describe_rate(rollout_success(row))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ript_ray.config import Config
+from ript_ray.config import Config, resolve
 from ript_ray.errors import UserError
 
 
@@ -40,7 +40,7 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     from ript_ray.policies import compare as stages
     from ript_ray.policies.checkpoints import load_policy
 
-    seen = stages.observations(Path(config.data.demos), config.env.image_size)
+    seen = stages.observations(resolve(config.data.demos), config.env.image_size)
 
     def side(path: Path) -> stages.Stages:
         return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)

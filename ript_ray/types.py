@@ -179,7 +179,7 @@ class Batch:
     valid: torch.Tensor
     """bool[B, 50]: False where the trajectory had ended (padding)."""
     advantages: torch.Tensor
-    """Leave-one-out: float32[B]."""
+    """Leave-one-out, within the group or the task, float32[B]; 0 for what is neither good nor bad."""
     weights: torch.Tensor
     """Advantages as processed for the objective: float32[B]."""
     instructions: list[str]
@@ -208,7 +208,7 @@ class Shard:
     trajectories: dict[int, Any]
     """Object references by identifier."""
     advantages: dict[int, float]
-    """Leave-one-out."""
+    """Leave-one-out, within the group or the task; 0 for what is neither good nor bad."""
     weights: dict[int, float]
     """Advantages as processed for the objective."""
     windows: np.ndarray

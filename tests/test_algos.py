@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ript_ray.algos.advantages import credit_fastest, is_mixed, leave_one_out, process
+from ript_ray.algos.advantages import (
+    against_task,
+    credit_fastest,
+    is_kept,
+    is_mixed,
+    leave_one_out,
+    process,
+)
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, EnvConfig, ObjectiveConfig, SamplingConfig
 from ript_ray.errors import UserError
@@ -51,6 +58,32 @@ def test_only_the_fastest_successes_of_a_task_keep_their_credit(
         for (success, length, name), value in zip(episodes, credited, strict=True):
             if name == task:
                 assert value == (-1.0 if not success else 1.0 if length <= limit else 0.0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("ab")), min_size=1, max_size=30))
+def test_against_its_task_a_rollout_is_compared_with_all_others_of_it(rollouts: list[tuple[bool, str]]) -> None:
+    successes, tasks = (list(column) for column in zip(*rollouts, strict=True))
+    found = against_task(np.array(successes), tasks)
+    for i, (success, task) in enumerate(rollouts):
+        others = [other for j, (other, name) in enumerate(rollouts) if name == task and j != i]
+        expected = int(success) - Fraction(sum(others), len(others)) if others else 0
+        assert found[i] == pytest.approx(float(expected))
+
+
+def test_against_its_group_a_uniform_group_is_not_kept_against_its_task_it_is() -> None:
+    for rewards in (np.zeros(4), np.ones(4)):
+        assert not is_kept(rewards, ObjectiveConfig())
+        assert is_kept(rewards, ObjectiveConfig(baseline="task"))
+
+
+def test_seeds_of_contexts_are_distinct_and_fit_into_32_bits() -> None:
+    seeds: set[int] = set()
+    for seed in (0, 1, 428, 429, 2026_11_22):
+        sampler = ContextSampler(training_starts(EnvConfig()), SamplingConfig(), seed)
+        contexts = [context for _ in range(20) for context in sampler.next_group().contexts]
+        assert all(0 <= context.reset_arguments()["seed"] < 2**32 for context in contexts)
+        seeds |= {context.seed for context in contexts}
+    assert len(seeds) == 5 * 20 * SamplingConfig().group_size
 
 
 NORMALISATIONS = ["none", "zero_mean", "standard", "robust", "min_max"]

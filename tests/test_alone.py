@@ -9,17 +9,22 @@ import pytest
 from test_resume import SETTINGS, TIMING, finish, start
 
 from launch import main
+from ript_ray.policies.checkpoints import cpu_weights, load_policy, weights_sha256
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("windows", ["seen", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, windows: str) -> None:
-    settings = [
-        *SETTINGS,
-        f"policy.checkpoint={point_start}",
-        f"data.windows={windows}",
-        "objective.fastest=0.5",
-    ]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["data.windows=seen", "objective.fastest=0.5"],
+        pytest.param(
+            ["data.windows=all", "objective.baseline=task", "train.restart=false", "train.anchor=0.1", "train.ema=0.9"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, more: list[str]) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", *more]
     finish(start(*settings, "scaling.actors=1", f"run.dir={tmp_path / 'ray'}"))
     assert main(["train", *settings, "scaling.ray=false", f"run.dir={tmp_path / 'alone'}"]) == 0
     expected, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "alone"))
@@ -34,3 +39,25 @@ def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_
     assert len(mine) > 20
     assert mine[3, "learner/steps"] > 0
     assert mine == {key: theirs[key] for key in mine}
+
+
+def test_an_update_without_samples_leaves_the_policy_as_it_is(point_start: Path, tmp_path: Path) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "eval.episodes=0"]
+    settings += ["sampling.groups=1", "sampling.max_groups=1", "sampling.group_size=2", "train.max_staleness=0"]
+    for seed in range(20):  # until an update that learns is followed by one whose group is rejected
+        run = tmp_path / str(seed)
+        assert main(["train", *settings, "train.updates=2", f"run.seed={seed}", f"run.dir={run}"]) == 0
+        steps = [json.loads(line)["learner/steps"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        if steps[0] > 0 and steps[1] == 0:
+            break
+    else:
+        pytest.fail("no seed showed the case")
+    learnt, kept = (load_policy(run / "checkpoints" / name) for name in ("0001", "0002"))
+    assert weights_sha256(cpu_weights(kept)) == weights_sha256(cpu_weights(learnt))
+    assert weights_sha256(cpu_weights(kept)) != weights_sha256(cpu_weights(load_policy(point_start)))
+
+
+def test_the_goal_ends_training(point_start: Path, tmp_path: Path) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "train.stop_at=0.001"]
+    assert main(["train", *settings, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["updates"] == 0

@@ -34,6 +34,7 @@ POINT_REACH = [
     "sampling.groups=3",
     "sampling.max_groups=6",
     "train.epochs=2",
+    "train.min_steps=1",
     "train.batch_size=32",
     "train.micro_batch=32",
     "eval.episodes=4",

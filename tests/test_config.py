@@ -32,6 +32,8 @@ def test_overrides_are_typed() -> None:
         ("env.eval_init_states=[20, 30]", ["env.train_init_states", "overlap"]),
         ("env.train_init_states=[3, 3]", ["env.train_init_states", "first < end"]),
         ("env.eval_init_states=[25, 80]", ["env.eval_init_states", "<= 50"]),
+        ("objective.clip=symmetric", ["objective.clip=symmetric", "objective.name=cfg", "advantage_weighted"]),
+        ("objective.name=nft", ["train.restart=true", "set train.restart=false train.max_staleness=0"]),
         ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
     ],
 )

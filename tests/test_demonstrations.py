@@ -10,6 +10,7 @@ import pytest
 from conftest import make_trajectory
 
 import launch
+from ript_ray.config import Config, save_config
 from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.storage import save_episode, save_trajectories
 from ript_ray.envs import World, make
@@ -36,11 +37,21 @@ def play(env: World, seed: int) -> Trajectory:
     return recorder.finish(success, policy_version=2)
 
 
+def record(run: Path, played: list[Trajectory], max_steps: int) -> None:
+    """What a run of train leaves of episodes; evaluation has the seeds from 100 on."""
+    settings = {
+        "env": {"id": POINT_REACH, "eval_init_states": [3, 4], "train_init_states": [0, 3]},
+        "eval": {"seed": 100},
+    }
+    for i, trajectory in enumerate(played):
+        save_episode(run / "episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, max_steps))
+    save_config(Config.model_validate(settings), run / "config.yaml")
+
+
 def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = make(POINT_REACH, image_size=32, max_steps=12)
     played = [play(env, seed) for seed in range(4)]
-    for i, trajectory in enumerate(played):
-        save_episode(tmp_path / "run/episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, env.max_steps))
+    record(tmp_path / "run", [*played, play(env, 100), play(env, 101)], env.max_steps)  # without those of the exam
     assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "dataset")]) == 0
     found = list(read_demonstrations(tmp_path / "dataset", POINT_REACH))
     assert len(found) == 4
@@ -61,8 +72,7 @@ def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.C
 def test_advantages_are_leave_one_out_over_the_same_start(tmp_path: Path) -> None:
     env = make(POINT_REACH, image_size=32, max_steps=30)
     played = [play(env, seed) for seed in (0, 1, 3, 4, 5)]
-    for i, trajectory in enumerate(played):
-        save_episode(tmp_path / "run/episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, env.max_steps))
+    record(tmp_path / "run", played, env.max_steps)
     rewards = np.array([t.reward for t in played])
     assert rewards.tolist() == [1, 0, 0, 1, 0]
     assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "d"), "data.dataset_version=v2.1"]) == 0
@@ -76,9 +86,9 @@ def test_advantages_are_leave_one_out_over_the_same_start(tmp_path: Path) -> Non
 
 def test_an_episode_that_goes_another_way_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = make(POINT_REACH, image_size=32, max_steps=12)
-    record = EpisodeRecord.of(play(env, 1), env.max_steps)
-    record.actions[5] += 0.1
-    save_episode(tmp_path / "run/episodes/000000.safetensors", record)
+    played = play(env, 1)
+    played.actions[5] += 0.1
+    record(tmp_path / "run", [played], env.max_steps)
     assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "d")]) == 2
     assert "does not go as it was recorded" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()

@@ -49,6 +49,7 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
             "train.epochs=-1: input should be greater",
         ),
         (["tune", "tune.search={train.lr: {low: 1}}"], "expected a list, or low and high"),
+        (["train", "scaling.actor_labels={role: rollout}"], "0 fit on the 1 nodes with scaling.actor_labels={'role'"),
         (["train", "scaling.ray=false", "train.mode=async"], "one process can only collect and learn in turn"),
     ],
 )
@@ -59,6 +60,15 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2(
     said = capsys.readouterr().err
     assert part in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("left", "part"), [("journal.jsonl", "--resume"), ("checkpoints", "holds another run")])
+def test_a_new_run_does_not_go_on_in_the_folder_of_another(
+    left: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / left).mkdir()
+    assert main(["train", f"run.dir={tmp_path}"]) == 2
+    assert part in capsys.readouterr().err
 
 
 def check_the_model_in_mlflow(run: Path) -> None:
@@ -94,6 +104,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
         "objective.name=imitation",
         "train.updates=2",
         "train.epochs=2",
+        "train.min_steps=1",
         "train.batch_size=8",
         "train.micro_batch=8",
         "eval.episodes=2",
@@ -164,6 +175,7 @@ def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tm
         "objective.name=imitation",
         "train.updates=3",
         "train.epochs=1",
+        "train.min_steps=1",
         "train.batch_size=8",
         "train.micro_batch=8",
         "train.precision=bfloat16",

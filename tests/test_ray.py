@@ -86,6 +86,16 @@ def test_nothing_stale_is_served_and_what_is_dropped_is_counted(tiny_config: Con
     }
 
 
+def test_a_learner_that_is_several_steps_behind_gets_each_of_them(tiny_config: Config) -> None:
+    pool = SamplePool.remote(tiny_config)
+    add_group(pool, 0, [True, False, False, False])
+    for step in range(4):
+        ray.get(pool.seal.remote(step))
+    for step in (0, 0, 1, 2, 3):  # the first one twice: the learner was started again
+        assert ray.get(pool.next_shard.remote(step, 0, 1, 5.0)).step == step
+    assert ray.get(pool.next_shard.remote(0, 0, 1, 0.2)) is None  # done with, and not kept for ever
+
+
 def test_a_trajectory_is_stored_once() -> None:
     trajectory = make_trajectory(120)
     reference = ray.put(trajectory)

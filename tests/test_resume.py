@@ -33,7 +33,10 @@ SETTINGS = [
     "sampling.max_groups=8",
     "sampling.skip_after=1",
     "train.updates=3",
+    "objective.baseline=group",
+    "objective.fastest=1.0",
     "train.epochs=4",
+    "train.min_steps=1",
     "train.batch_size=16",
     "train.micro_batch=16",
     "eval.episodes=4",
@@ -211,3 +214,34 @@ def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_named(tmp_path: 
     file.write_text(lines[0] + lines[1][:20] + "\n" + lines[2])
     with pytest.raises(UserError, match=r"journal.jsonl: line 2 is damaged"):
         Journal(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_soak_tells_how_each_lasting_process_grows(tmp_path: Path) -> None:
+    arguments = ["bench", "soak", "--config", "configs/faults.yaml", "bench.soak_updates=20", "train.epochs=1"]
+    arguments += [f"run.dir={tmp_path / 'soak'}", "--json", str(tmp_path / "soak.json")]
+    done = subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, timeout=600, check=False)
+    assert done.returncode == 0
+    result = json.loads((tmp_path / "soak.json").read_text())
+    names = {name.split()[0] for name in result["processes"]}
+    assert {"driver", "raylet", "Coordinator", "SamplePool", "WeightStore", "RolloutActor"} <= names
+    assert result["episodes"] >= 20 * 8 * 4
+    assert all(row["mb"] > 5 and row["files"] > 0 for row in result["processes"].values())
+    assert result["worst_mb_per_hour"] == max(row["mb_per_hour"] for row in result["processes"].values())
+
+
+@pytest.mark.slow
+def test_both_modes_are_compared_on_the_same_job(tmp_path: Path) -> None:
+    arguments = ["bench", "async", "--config", "configs/faults.yaml", "train.updates=4"]
+    arguments += [f"run.dir={tmp_path / 'async'}", "--json", str(tmp_path / "async.json")]
+    done = subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, timeout=600, check=False)
+    assert done.returncode == 0
+    result = json.loads((tmp_path / "async.json").read_text())
+    assert result["speedup"] == pytest.approx(result["sync"]["seconds"] / result["async"]["seconds"])
+    assert result["sync"]["staleness"]["max"] <= 2
+    for mode in ("sync", "async"):
+        row = result[mode]
+        assert 0 < row["learner_busy_share"] < 1
+        assert 0 < row["actors_busy_share"] < 1
+        assert 0 <= row["seconds_to_what_both_reach"] <= row["seconds"]
+        assert row["evaluation"]["held_out"]["episodes"] == 8

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_ranks_its_jobs_and_goes_on_after_an_interruption(point_start: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "launch.py", "tune", *SETTINGS, f"policy.checkpoint={point_start}", "tune.trials=2"]
+    command = [sys.executable, "launch.py", "tune", *SETTINGS, f"policy.checkpoint={point_start}"]
     command += ["tune.search={train.lr: [1.0e-4, 1.0e-3]}", f"run.dir={tmp_path / 'search'}", "run.seed=1"]
     command += ["--json", str(tmp_path / "found.json")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -36,6 +36,7 @@ def test_a_search_ranks_its_jobs_and_goes_on_after_an_interruption(point_start: 
     assert len(found["trials"]) == 2
     assert found["best"]["success_low"] == max(trial["success_low"] for trial in found["trials"])
     assert all(trial["error"] is None for trial in found["trials"])
+    assert sorted(trial["settings"]["train.lr"] for trial in found["trials"]) == [1e-4, 1e-3]
     folders = {Path(trial["folder"]).name for trial in found["trials"]}
     assert begun <= folders  # what had begun went on
     assert found["best"]["held_out"]["held_out"]["final"]["episodes"] == 4

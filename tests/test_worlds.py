@@ -113,6 +113,7 @@ def test_a_gymnasium_environment_from_demonstrations_to_a_better_policy(tmp_path
         "sampling.group_size=2",
         "train.updates=1",
         "train.epochs=1",
+        "train.min_steps=1",
         "eval.episodes=4",
     )
     assert done.returncode == 0, done.stderr

@@ -35,8 +35,29 @@ def is_mixed(rewards: np.ndarray) -> bool:
 
 
 def is_kept(rewards: np.ndarray, config: ObjectiveConfig) -> bool:
-    """Is the group trained on? All objectives but `imitation` need one that is mixed."""
-    return config.name == "imitation" or is_mixed(rewards)
+    """Is the group trained on? Only one that is mixed, where rollouts are compared within their group."""
+    return config.name == "imitation" or config.baseline == "task" or is_mixed(rewards)
+
+
+def against_task(successes: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
+    """Advantages against all other rollouts of the same task, instead of those of the same group.
+
+    A group that succeeds as a whole is then good, and one that fails as a whole is bad, as with a value function that
+    knows only the task (RECAP, arXiv 2511.14759, has one that sees the state).
+
+    Args:
+        successes: of all trajectories of an update, bool[N].
+        tasks: of each.
+
+    Returns:
+        float64[N]; 0 for the only rollout of a task.
+    """
+    advantages = np.zeros(len(successes))
+    for task in set(tasks):
+        own = np.asarray(tasks) == task
+        if own.sum() > 1:
+            advantages[own] = leave_one_out(successes[own])
+    return advantages
 
 
 def credit_fastest(

@@ -90,7 +90,8 @@ class ContextSampler:
         group, size = self._groups, self._config.group_size
         self._groups += 1
         # Distinct seeds within a run and between runs; evaluation seeds lie elsewhere (see EvalConfig.seed).
-        first = 2_000_000 + self._seed * 10_000_000 + group * size
+        # NumPy's generators, which simulators use, take 32 bits.
+        first = 2_000_000 + (self._seed * 10_000_000 + group * size) % (2**32 - 2_100_000)
         env_id, state, placement = start
         # Also a given initial state leaves something to the environment's seed: the places of fixtures.
         shared = first if placement is None else placement

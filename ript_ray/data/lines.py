@@ -9,19 +9,23 @@ from typing import Any
 from ript_ray.errors import UserError
 
 
-def read_json_lines(file: Path, repair: bool = False) -> list[dict[str, Any]]:
+def read_json_lines(file: Path, repair: bool = False, containing: str = "") -> list[dict[str, Any]]:
     """The entry of every line; none when there is no file. A last line that was cut short does not count.
 
     Args:
         file: of lines.
         repair: remove what was cut short from the file, so that lines can be added.
+        containing: only lines with this text in them; the others are not even parsed.
 
     Raises:
         UserError: when another line is damaged.
     """
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    wanted = containing.encode()
     entries = []
     for i, line in enumerate(lines):
+        if wanted not in line:
+            continue
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("cut short")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ript_ray.algos.advantages import AdvantageCounts, credit_fastest, process
-from ript_ray.config import Config, DataConfig
+from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
+from ript_ray.config import Config, DataConfig, ObjectiveConfig
 from ript_ray.data.windows import shuffled_batches, window_starts
 from ript_ray.types import EpisodeReport, Shard
 
@@ -40,15 +40,7 @@ def make_shard(
     if config.data.distinct is not None and config.data.distinct < len(windows):
         rng = np.random.default_rng([config.run.seed, step, 1])
         windows = windows[np.sort(rng.choice(len(windows), config.data.distinct, replace=False))]
-    raw = np.array([advantages[i] for i in identifiers])
-    if config.objective.fastest < 1.0:
-        raw = credit_fastest(
-            raw,
-            np.array([reports[i].length for i in identifiers]),
-            np.array([reports[i].success for i in identifiers], dtype=bool),
-            [reports[i].context.env_id for i in identifiers],
-            config.objective.fastest,
-        )
+    raw = credited([reports[i] for i in identifiers], np.array([advantages[i] for i in identifiers]), config.objective)
     weights, counts = process(raw, config.objective)
     shard = Shard(
         step=step,
@@ -60,6 +52,27 @@ def make_shard(
         batch_size=train.batch_size,
     )
     return shard, counts
+
+
+def credited(reports: Sequence[EpisodeReport], advantages: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
+    """Advantages as ``objective.baseline`` and ``objective.fastest`` want them.
+
+    Args:
+        reports: of all trajectories of an update.
+        advantages: leave-one-out within each group, float[N].
+        objective: its settings.
+
+    Returns:
+        float64[N].
+    """
+    successes = np.array([report.success for report in reports], dtype=bool)
+    tasks = [report.context.env_id for report in reports]
+    if objective.baseline == "task":
+        advantages = against_task(successes, tasks)
+    if objective.fastest < 1.0:
+        lengths = np.array([report.length for report in reports])
+        advantages = credit_fastest(advantages, lengths, successes, tasks, objective.fastest)
+    return advantages
 
 
 def trained_starts(report: EpisodeReport, data: DataConfig) -> list[int]:

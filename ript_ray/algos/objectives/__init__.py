@@ -15,7 +15,15 @@ from ript_ray.algos.objectives.nft import nft
 from ript_ray.config import ObjectiveConfig
 from ript_ray.errors import UserError
 
-__all__ = ["OBJECTIVES", "Draw", "Loss", "Objective", "compares_with_reference", "find_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Draw",
+    "Loss",
+    "Objective",
+    "compares_with_recording",
+    "compares_with_reference",
+    "find_objective",
+]
 
 OBJECTIVES: dict[str, Objective] = {
     "advantage_weighted": advantage_weighted,
@@ -52,3 +60,9 @@ def compares_with_reference(settings: ObjectiveConfig) -> bool:
     hinged = settings.name == "advantage_weighted" and settings.negatives == "hinge"
     asks = getattr(find_objective(settings.name), "compares_with_reference", False)
     return hinged or asks or settings.name in ("nft", "fpo")
+
+
+def compares_with_recording(settings: ObjectiveConfig) -> bool:
+    """Does the objective ask for what rollouts recorded of frames as they were? One's own says so likewise."""
+    asks = getattr(find_objective(settings.name), "compares_with_recording", False)
+    return asks or settings.name == "flow_sde"

@@ -1,0 +1,130 @@
+"""A training job in a process of its own, as a user starts it, for benchmarks that watch or disturb it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from actors.journal import read_journal
+from ript_ray.config import Config, save_config
+from ript_ray.errors import UserError
+
+_ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 300.0
+"""Longest wait for a job to start, to get on or to recover."""
+
+
+class Job:
+    """A training job, and what its files say of it."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.folder = folder
+        run = config.run.model_copy(update={"dir": str(folder)})
+        config = config.model_copy(update={"run": run})
+        file = folder.with_suffix(".yaml")
+        save_config(config, file)
+        self._process = _launch("train", "--config", str(file))
+
+    @property
+    def pid(self) -> int:
+        """Of the driver."""
+        return self._process.pid
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The summary, once the job has finished."""
+        file = self.folder / "summary.json"
+        if not self.has_ended() or not file.exists():
+            return None
+        summary: dict[str, Any] = json.loads(file.read_text())
+        return summary
+
+    def played(self) -> list[int]:
+        """Numbers of the episodes in the journal."""
+        return [entry["number"] for entry in read_journal(self.folder) if entry["kind"] == "played"]
+
+    def wait(self, until: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
+        """Wait for something, or for the end of the job; whether it came within the time limit."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if until() or self.has_ended():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def finish(self, timeout_s: float) -> dict[str, Any]:
+        """Its summary; the job is stopped if it has not finished within the time limit.
+
+        Raises:
+            UserError: when there is none.
+        """
+        self.wait(self.has_ended, timeout_s)
+        if not self.has_ended():
+            self._process.terminate()
+            self._process.wait(timeout=TIMEOUT_S)
+        if self.result is None:
+            raise UserError(
+                f"the job failed, or did not finish within bench.job_timeout_s; see {self.folder / 'run.log'}"
+            )
+        return self.result
+
+    def has_ended(self) -> bool:
+        """Has the driver ended, one way or the other?"""
+        return self._process.poll() is not None
+
+    def resume(self) -> None:
+        """Start it again."""
+        self._process = _launch("train", "--resume", str(self.folder))
+
+    def find(self, title: str) -> int | None:
+        """A process of the job with this title."""
+        if not title:
+            return self.pid
+        for child in psutil.Process(self.pid).children(recursive=True):
+            try:
+                if title in " ".join(child.cmdline()):
+                    return int(child.pid)
+            except psutil.Error:
+                continue
+        return None
+
+
+def new_folder(config: Config, name: str) -> Path:
+    """Where a benchmark leaves its files, ``run.dir`` or ``runs/<name>``.
+
+    Raises:
+        UserError: when it is there already.
+    """
+    folder = Path(config.run.dir or f"runs/{name}").resolve()
+    if folder.exists():
+        raise UserError(f"run.dir={str(folder)!r} is there already; choose another, or remove it")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def with_start(config: Config, folder: Path) -> Config:
+    """The configuration with a policy to start from, made on the spot if the configured one is not of this task."""
+    demos, policy = folder / "demos.safetensors", folder / "start"
+    data = config.data.model_copy(update={"demos": str(demos)})
+    sft = config.sft.model_copy(update={"output": str(policy)})
+    start = config.policy.model_copy(update={"checkpoint": str(policy)})
+    for command in ("demos", "sft"):
+        run = config.run.model_copy(update={"dir": str(folder / command)})
+        update = {"data": data, "sft": sft, "run": run}
+        save_config(config.model_copy(update=update), folder / f"{command}.yaml")
+        process = _launch(command, "--config", str(folder / f"{command}.yaml"))
+        if process.wait(timeout=TIMEOUT_S) != 0:
+            raise UserError(f"no starting policy: python launch.py {command} --config {folder / command}.yaml fails")
+    return config.model_copy(update={"data": data, "sft": sft, "policy": start})
+
+
+def _launch(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "launch.py", *arguments]
+    return subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

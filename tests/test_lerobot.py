@@ -585,6 +585,20 @@ def test_a_column_that_only_one_side_knows(written: tuple[Path, list[Trajectory]
     file.write_bytes(whole)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [('"wrist_image":', '"wrisu_image":', "a column 'wrist_image'"), ('"dtype": "image"', '"dtype": "imbge"', "imbge")],
+)
+def test_a_camera_that_is_misspelt(written: tuple[Path, list[Trajectory]], old: str, new: str, message: str) -> None:
+    root, _ = written
+    file = root / "meta/info.json"
+    whole = file.read_text()
+    replaced(file, old, new, count=1)
+    with pytest.raises(UserError, match=message):
+        read_all(root)
+    file.write_text(whole)
+
+
 # LIBERO's HDF5 files
 
 

@@ -23,10 +23,10 @@ class Rows:
     Args:
         path: of the parquet file. Checksums of its pages are verified where it has them.
         columns: what is read of it.
-        unwanted: what it must not have.
+        listed: all that it may have; a column beyond these was renamed on one side, and would be left out in silence.
     """
 
-    def __init__(self, path: Path, columns: Collection[str], unwanted: Collection[str]) -> None:
+    def __init__(self, path: Path, columns: Collection[str], listed: Collection[str]) -> None:
         self.path = path
         self._columns = list(columns)
         with readable(path):
@@ -37,7 +37,7 @@ class Rows:
         missing = [name for name in self._columns if names.count(name) != 1]
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}, which meta/info.json lists; {COPY_AGAIN}")
-        for name in sorted(set(unwanted) & set(names)):
+        for name in sorted(set(names) - set(listed)):
             raise UserError(f"{path} has a column {name!r}, which meta/info.json does not list; {COPY_AGAIN}")
         self._kept: tuple[int, pa.Table] | None = None
 

@@ -76,11 +76,10 @@ class _Reader:
 
     def trajectories(self, places: Iterable[Place]) -> Iterator[Trajectory]:
         rows: Rows | None = None
-        unlisted = set(_OPTIONAL) - set(self._info.features)
         try:
             for place in places:
                 if rows is None or rows.path != place.data:
-                    rows = Rows(place.data, self._columns(), unlisted)
+                    rows = Rows(place.data, self._columns(), self._info.features)
                 yield self._trajectory(place, rows.read(place.first_row, place.length))
         finally:
             for film in self._films.values():
@@ -166,9 +165,9 @@ class _Reader:
 
 def _recognised(info: DatasetInfo) -> Keys:
     if {"state", "actions"} <= set(info.features):
-        keys = Keys(tuple(name for name in OPENPI_KEYS.cameras if name in info.pictures))
+        keys = Keys(tuple(name for name in OPENPI_KEYS.cameras if name in info.features))
     else:
-        cameras = tuple(name for name in info.pictures if name.startswith("observation.image"))
+        cameras = tuple(name for name in info.features if name.startswith("observation.image"))
         keys = Keys(cameras, "observation.state", "action")
     if not keys.cameras or not {keys.state, keys.actions} <= set(info.features):
         raise UserError(

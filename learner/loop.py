@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
@@ -52,6 +54,7 @@ def learner_group(
     """
     folder = str(run_dir.resolve())
     scaling = config.scaling
+    os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's Train tab is empty otherwise
     return TorchTrainer(
         train_loop,
         train_loop_config={

@@ -13,8 +13,7 @@ from ript_ray.config import Config, ObjectiveConfig, resolve
 from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.windows import gather, seen_starts
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import load_policy
-from ript_ray.policies.flow import FlowConfig, FlowPolicy
+from ript_ray.policies.checkpoints import load_policy, policy_class
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch, Trajectory, Window
@@ -34,7 +33,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if not windows:
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
     torch.manual_seed(config.run.seed)
-    policy = load_policy(resolve(config.sft.init)) if config.sft.init else new_policy(demos, windows)
+    policy = load_policy(resolve(config.sft.init)) if config.sft.init else new_policy(config.sft.policy, demos, windows)
     rng = np.random.default_rng(config.run.seed)
     no_advantages = dict.fromkeys(pool, 0.0)
     size = config.train.batch_size
@@ -53,8 +52,8 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     return update(policy, steps, config.train, objective, generator, on_step)
 
 
-def new_policy(demos: list[Trajectory], windows: list[Window]) -> FlowPolicy:
-    """A fresh policy with the transform and the chunk statistics of the demonstrations."""
+def new_policy(kind: str, demos: list[Trajectory], windows: list[Window]) -> Policy:
+    """A fresh policy of an architecture, with the transform and the chunk statistics of the demonstrations."""
     labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
     transform = Transform.fit(
         np.concatenate([demo.states for demo in demos]), np.concatenate(labels), image_size=demos[0].frames.shape[2]
@@ -64,7 +63,4 @@ def new_policy(demos: list[Trajectory], windows: list[Window]) -> FlowPolicy:
     counted = batch.valid[..., None].float()
     mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)
     std = (((chunks - mean).square() * counted).sum(0) / counted.sum(0).clamp_min(1.0)).sqrt().clamp_min(0.05)
-    sizes = FlowConfig(
-        action_dim=batch.actions.shape[2], state_dim=batch.states.shape[1], cameras=batch.frames.shape[1]
-    )
-    return FlowPolicy(sizes, transform, mean, std)
+    return policy_class(kind).new(transform, mean, std, batch.frames.shape[1])

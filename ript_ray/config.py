@@ -303,8 +303,17 @@ class SftConfig(_Section):
     """Optimiser steps."""
     init: str | None = None
     """Folder of a policy to continue from; a new one by default."""
+    policy: str = "flow"
+    """Architecture of a new one; or ``module:class``, one of yours (docs/extending.md)."""
     output: str = "checkpoints/libero_object_0"
     """Where to write the trained policy."""
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != "flow" and not all(name.partition(":")):
+            raise ValueError("expected flow or module:class")
+        return name
 
 
 class ConvertConfig(_Section):

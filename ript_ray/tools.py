@@ -23,6 +23,19 @@ def replay(file: str, config: Config) -> dict[str, Any]:
     return result.to_json() | {"video": str(video)}
 
 
+def dissect(file: str, config: Config) -> dict[str, Any]:
+    """What a policy saw, thought and did in a recorded episode, look by look, in a folder beside it."""
+    from ript_ray.dissect import dissect, write_dissection
+    from ript_ray.policies.checkpoints import load_policy
+
+    result = dissect(Path(file), load_policy(resolve(config.policy.checkpoint)), config.policy)
+    folder = Path(file).with_suffix(".looks")
+    write_dissection(folder, result)
+    print(f"{result.describe()}\n  images and numbers in {folder}")
+    about = {"success": result.trajectory.success, "first_difference": result.first_difference}
+    return about | {"looks": len(result.looks), "folder": str(folder)}
+
+
 def convert(source: str, target: str, config: Config) -> dict[str, Any]:
     """A checkpoint in another layout."""
     from ript_ray.policies.pi0.convert import convert
@@ -115,6 +128,7 @@ TOOLS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "stats": (stats, 2),
     "export": (export, 2),
     "replay": (replay, 1),
+    "dissect": (dissect, 1),
     "info": (info, 1),
     "compare-runs": (compare_runs, 2),
     "report": (report, 1),

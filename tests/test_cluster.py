@@ -169,6 +169,14 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     with urllib.request.urlopen(f"{address[1]}/report.json", timeout=10) as answer:
         assert len(json.loads(answer.read())["points"]) >= 2
 
+    with urllib.request.urlopen(f"{cluster.address}/api/train/v2/runs/v1", timeout=10) as answer:
+        (learners,) = json.loads(answer.read())["train_runs"]
+    assert (learners["name"], learners["status"], learners["job_details"]["submission_id"]) == (
+        "learners",
+        "RUNNING",
+        job,
+    )
+
     client.stop_job(job)
     wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 60.0)
     assert client.get_job_status(job) == JobStatus.STOPPED

@@ -14,12 +14,18 @@ from launch import main
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
+def write_example(file: Path) -> None:
+    """The page's example of this name, as it stands there."""
+    examples = re.findall(r"`(\w+\.py)`[^\n]*:\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = dict(examples)[file.name]
+    assert len(code.splitlines()) < 60
+    file.write_text(code)
+
+
 def test_the_objective_of_the_page_trains(
     point_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(code.splitlines()) < 60
-    (tmp_path / "my_objective.py").write_text(code)
+    write_example(tmp_path / "my_objective.py")
     settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "train.updates=1"]
     name = "objective.name=my_objective:rare_successes"
     assert main(["train", *settings, name, f"run.dir={tmp_path / 'early'}"]) == 2
@@ -31,6 +37,30 @@ def test_the_objective_of_the_page_trains(
     assert row["learner/conditional"] > 0
     assert main(["train", *settings, "objective.name=rare", f"run.dir={tmp_path / 'no'}"]) == 2
     assert "objective.name='rare': expected advantage_weighted, cfg" in capsys.readouterr().err
+
+
+def test_the_policy_of_the_page_starts_and_trains(
+    point_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ript_ray.policies.checkpoints import load_policy
+
+    write_example(tmp_path / "my_policy.py")
+    settings = [*SETTINGS, f"data.demos={point_start / '../demos.safetensors'}", "data.tail=pad", "sft.steps=150"]
+    settings += [f"sft.output={tmp_path / 'start'}", f"policy.checkpoint={tmp_path / 'start'}"]
+    name = "sft.policy=my_policy:CoarsePolicy"
+    assert main(["sft", *settings, name, f"run.dir={tmp_path / 'early'}"]) == 2
+    assert "type='my_policy:CoarsePolicy': No module named 'my_policy'" in capsys.readouterr().err
+    assert main(["sft", *settings, "sft.policy=coarse", f"run.dir={tmp_path / 'no'}"]) == 2
+    assert "expected flow or module:class" in capsys.readouterr().err
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["sft", *settings, name, f"run.dir={tmp_path / 'sft'}"]) == 0
+    run = tmp_path / "run"
+    assert main(["train", *settings, "scaling.ray=false", "train.updates=1", f"run.dir={run}"]) == 0
+    assert json.loads((run / "summary.json").read_text())["episodes"] > 0
+    learnt = load_policy(run / "checkpoints/0001")
+    assert type(learnt).__name__ == "CoarsePolicy"
+    start = load_policy(tmp_path / "start")
+    assert any(not p.equal(q) for p, q in zip(learnt.parameters(), start.parameters(), strict=True))
 
 
 def test_the_reference_of_all_settings_is_current() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from test_launch import launch
 
 from benchmarks.stock import random_actions
+from launch import main
 from ript_ray.data.storage import load_episode, save_episode
 from ript_ray.envs import make
 from ript_ray.envs.gymnasium_world import GymnasiumWorld
@@ -155,6 +157,51 @@ def test_a_replay_says_where_it_first_goes_another_way(tmp_path: Path) -> None:
     assert load_episode(tmp_path / "other.safetensors")[0].context == context
     with pytest.raises(UserError, match="RUN_DIR/episodes"):
         load_episode(tmp_path / "absent")
+
+
+def test_an_episode_is_dissected_into_what_was_seen_thought_and_done(tmp_path: Path, point_start: Path) -> None:
+    from PIL import Image
+
+    from ript_ray.policies.checkpoints import load_policy
+    from ript_ray.policies.compare import load_stages
+    from ript_ray.rollout import play
+    from ript_ray.types import Context, EpisodeRecord
+
+    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=12)
+    policy = load_policy(point_start)
+    played = play(
+        env,
+        policy,
+        Context(env.id, 4, 9),
+        policy_version=0,
+        execute=5,
+        denoise_steps=3,
+        guidance=2.0,
+    )
+    file = tmp_path / "e.safetensors"
+    save_episode(file, EpisodeRecord.of(played, 12))
+    settings = [f"policy.checkpoint={point_start}", "policy.execute=5", "policy.denoise_steps=3"]
+    assert main(["dissect", str(file), *settings, "policy.guidance=2", "--json", str(tmp_path / "as.json")]) == 0
+    result = json.loads((tmp_path / "as.json").read_text())
+    assert result["first_difference"] is None
+    assert result["looks"] == len(played.frame_steps)
+    folder = Path(result["folder"])
+    looks = json.loads((folder / "looks.json").read_text())["looks"]
+    for i, look in enumerate(looks):
+        stages = load_stages(folder / f"look_{i:03d}.safetensors")
+        np.testing.assert_array_equal(stages["frames"][0], played.frames[i])
+        np.testing.assert_array_equal(look["state"], played.states[look["step"]])
+        seen = torch.from_numpy(played.frames[i][None]), torch.from_numpy(played.states[look["step"]][None])
+        chunk, _ = policy.act(*seen, [played.instruction], torch.from_numpy(stages["noise"]), 2.0, 3)
+        executed = np.array(look["executed"], dtype=np.float32)
+        np.testing.assert_array_equal(chunk[0, : len(executed)].clamp(-1, 1), executed)
+        assert sum(name.startswith("velocity") for name in stages) == 3
+        # The last Euler step goes all the way to what was expected then.
+        last = stages["noisy chunk 2"] - stages["time 2"][:, None, None] * stages["velocity 2"]
+        np.testing.assert_allclose(last, stages["raw action"], atol=1e-5)
+        assert Image.open(folder / f"look_{i:03d}.png").size[0] == 900
+    assert main(["dissect", str(file), *settings, "--json", str(tmp_path / "other.json")]) == 0
+    assert json.loads((tmp_path / "other.json").read_text())["first_difference"] == 0
 
 
 @pytest.mark.libero

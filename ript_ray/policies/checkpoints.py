@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ript_ray.errors import UserError
+from ript_ray.plugins import find_named
 from ript_ray.policies.flow import FlowPolicy
 from ript_ray.policies.policy import Policy
 
@@ -111,14 +112,24 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
 
 
 def policy_class(kind: str) -> type[Policy]:
-    """The architecture of this name; imported when it is needed, since some take seconds to import."""
+    """The architecture of this name, or, as ``module:class``, somebody's own.
+
+    It is imported when it is needed, since some take seconds to import.
+
+    Raises:
+        ValueError: when there is none of this name.
+        UserError: when there is no such module or class.
+    """
     if kind == "flow":
         return FlowPolicy
     if kind == "pi0":
         from ript_ray.policies.pi0.policy import Pi0Policy
 
         return Pi0Policy
-    raise ValueError(f"type {kind!r} is unknown; valid: 'flow', 'pi0'")
+    if ":" in kind:
+        found: type[Policy] = find_named(kind, "type")
+        return found
+    raise ValueError(f"type {kind!r} is unknown; valid: 'flow', 'pi0', and module:class for one of yours")
 
 
 def cpu_weights(policy: torch.nn.Module) -> Weights:

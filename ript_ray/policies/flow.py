@@ -114,6 +114,12 @@ class FlowPolicy(Policy):
         return {"type": self.kind, "config": asdict(self.config), "transform": self.transform.to_json()}
 
     @classmethod
+    def new(cls, transform: Transform, chunk_mean: torch.Tensor, chunk_std: torch.Tensor, cameras: int) -> Self:
+        horizon, action_dim = chunk_mean.shape
+        sizes = FlowConfig(horizon, action_dim, state_dim=len(transform.state_mean), cameras=cameras)
+        return cls(sizes, transform, chunk_mean, chunk_std)
+
+    @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
         config = FlowConfig(**description["config"])
         mean, std = torch.zeros(2, config.horizon, config.action_dim).unbind()

@@ -16,7 +16,7 @@ from torch import nn
 from ript_ray.errors import UserError
 from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
 from ript_ray.policies.stages import note
-from ript_ray.policies.transform import Normalisation
+from ript_ray.policies.transform import Normalisation, Transform
 
 
 class Policy(nn.Module, abc.ABC):
@@ -85,6 +85,21 @@ class Policy(nn.Module, abc.ABC):
     def from_description(cls, description: Mapping[str, Any]) -> Self:
         """The policy with weights that are yet to be loaded."""
 
+    @classmethod
+    def new(cls, transform: Transform, chunk_mean: torch.Tensor, chunk_std: torch.Tensor, cameras: int) -> Self:
+        """A fresh one for demonstrations.
+
+        Args:
+            transform: by their statistics; as many numbers as they have, too.
+            chunk_mean: mean of their normalised chunks, float32[T, A].
+            chunk_std: deviation of their normalised chunks, float32[T, A].
+            cameras: C, in each of their frames.
+
+        Raises:
+            UserError: for architectures that do not start from nothing.
+        """
+        raise UserError(f"a policy of type {cls.kind!r} does not start from nothing; name one to go on from: sft.init")
+
     @torch.no_grad()
     def act(
         self,
@@ -115,12 +130,13 @@ class Policy(nn.Module, abc.ABC):
         note("noise", noise)
 
         def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            note("noisy chunk", x)
             return note("velocity", self.guided_velocity(conditioned, x, note("time", t), guidance))
 
         if explore is None:
             return self.transform.decode_actions(note("raw action", integrate(velocity, noise, steps)), states), None
         x, chain = integrate_with_noise(velocity, noise, steps, explore)
-        return self.transform.decode_actions(x, states), chain
+        return self.transform.decode_actions(note("raw action", x), states), chain
 
     def guided(self, features: Any, rows: int, guidance: float) -> Any:
         """Features at the conditions that `guided_velocity` needs; at w = 0 and w = 1 only one branch matters."""

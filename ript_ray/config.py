@@ -339,6 +339,25 @@ class ConvertConfig(_Section):
     """How the policy will be told "good" or not in reinforcement learning: a learnt embedding, words, or not at all."""
 
 
+class PlanConfig(_Section):
+    """What ``plan`` takes as given instead of measuring it."""
+
+    cpus: float | None = Field(default=None, gt=0.0)
+    """CPUs of the machine; this one's by default."""
+    memory_gb: float | None = Field(default=None, gt=0.0)
+    """Its free memory; this one's by default."""
+    gpus: int | None = Field(default=None, ge=0)
+    """Its GPUs; this one's by default."""
+    gpu_gb: float | None = Field(default=None, gt=0.0)
+    """Memory of each of them; that of the first one here by default."""
+    actor_gb: float | None = Field(default=None, gt=0.0)
+    """Memory of one rollout actor; measured by default."""
+    actor_gpu_gb: float | None = Field(default=None, gt=0.0)
+    """GPU memory of one rollout actor; its weights and a gigabyte by default."""
+    learner_gpu_gb: float | None = Field(default=None, gt=0.0)
+    """GPU memory of one learner; computed from the policy and the settings of the update by default."""
+
+
 class TuneConfig(_Section):
     """A search over settings, for ``tune``."""
 
@@ -388,6 +407,7 @@ class Config(_Section):
     demos: DemosConfig = DemosConfig()
     sft: SftConfig = SftConfig()
     convert: ConvertConfig = ConvertConfig()
+    plan: PlanConfig = PlanConfig()
     tune: TuneConfig = TuneConfig()
     bench: BenchConfig = BenchConfig()
 

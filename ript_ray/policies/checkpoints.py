@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,29 @@ def load_policy(folder: Path) -> Policy:
         UserError: when a file is missing or damaged (by its SHA-256, too), or a tensor missing, unknown or misshapen.
             Never random weights.
     """
+    with _readable(folder):
+        description = json.loads((folder / "policy.json").read_text())
+        policy_class(description["type"])  # tells more than that the rest does not fit
+        weights = load_file(folder / "model.safetensors")
+        if description.get("sha256", "") != _fingerprint(description, weights):
+            raise ValueError("its sha256 is not the one that was written")
+        return build_policy(description, weights, share=True)
+
+
+def load_shape(folder: Path) -> Policy:
+    """A policy without its weights, on the device "meta": its sizes, and nothing that takes memory.
+
+    Raises:
+        UserError: as `load_policy`, as far as that can be told without the weights.
+    """
+    with _readable(folder), torch.device("meta"):
+        description = json.loads((folder / "policy.json").read_text())
+        return policy_class(description["type"]).from_description(description)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint becomes an error that says so."""
     for name in ("policy.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(
@@ -54,12 +78,7 @@ def load_policy(folder: Path) -> Policy:
                 f"'python launch.py sft', for example {_shipped_example()}"
             )
     try:
-        description = json.loads((folder / "policy.json").read_text())
-        policy_class(description["type"])  # tells more than that the rest does not fit
-        weights = load_file(folder / "model.safetensors")
-        if description.get("sha256", "") != _fingerprint(description, weights):
-            raise ValueError("its sha256 is not the one that was written")
-        return build_policy(description, weights, share=True)
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"policy.checkpoint={str(folder)!r} cannot be read ({type(error).__name__}: {error}); a file is damaged or "

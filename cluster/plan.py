@@ -1,0 +1,266 @@
+"""The resource plan: how many rollout actors fit beside the learners on a machine, and what is in the way of more."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ript_ray.children import ask_child
+from ript_ray.config import Config, ConvertConfig, PlanConfig, resolve
+from ript_ray.errors import UserError
+from ript_ray.policies.policy import Policy
+
+_PROBE = """
+import json, os, sys
+from pathlib import Path
+import torch
+from ript_ray.envs import make
+from ript_ray.policies.checkpoints import load_policy
+from ript_ray.watchdog import private_mb
+folder = Path(sys.argv[3])
+policy = load_policy(folder) if folder.is_dir() else None
+env = make(sys.argv[1], int(sys.argv[2]))
+observation, _ = env.reset(seed=0)
+observation.rendered()
+env.step(env.action_space.sample())
+sizes = {"cameras": len(env.cameras), "state_dim": env.state_dim, "action_dim": env.action_dim}
+print(json.dumps({"memory_gb": private_mb(os.getpid()) / 1e3} | sizes), flush=True)
+os._exit(0)  # drivers may complain on the way out
+"""
+_PROBE_TIMEOUT_S = 300.0
+_FOR_OTHERS_GB = 2.0
+"""Coordinator, pool, driver, and a learner on a CPU."""
+_SHARE = 0.65
+"""Of the free memory; Ray's object store may take 30 %."""
+_GPU_SHARE = 0.95
+"""Of a GPU's memory; the rest is lost between blocks."""
+_RAY_WORKER_GB = 0.15
+_CUDA_GB = 0.6
+"""CUDA's own, in each process."""
+_ACTING_GB = 0.4
+"""What one chunk takes while it is computed, and the renderer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is."""
+
+    cpus: float
+    memory_gb: float
+    """That can be had without swapping."""
+    gpus: tuple[float, ...]
+    """Memory of each, in GB."""
+
+    @classmethod
+    def here(cls, told: PlanConfig) -> Machine:
+        """This one, or what the settings say of another."""
+        found = tuple(torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(torch.cuda.device_count()))
+        count = len(found) if told.gpus is None else told.gpus
+        if count and told.gpu_gb is None and not found:
+            raise UserError(f"plan.gpus={count}: this machine has none to ask; say what memory each has: plan.gpu_gb")
+        each = found[0] if told.gpu_gb is None and found else (told.gpu_gb or 0.0)
+        return cls(
+            cpus=told.cpus or os.cpu_count() or 1,
+            memory_gb=told.memory_gb or available_memory_gb(),
+            gpus=found if told.gpus is None and told.gpu_gb is None else (each,) * count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the processes of a job share a machine: learners first, each with a GPU of its own, then actors."""
+
+    machine: Machine
+    actor_gb: float
+    """Memory that one actor has for itself."""
+    actor_gpu: dict[str, float]
+    """What it takes of a GPU, in GB, by what takes it; empty when it acts on a CPU."""
+    learner_gpu: dict[str, float]
+    """What a learner takes of a GPU, likewise."""
+    learners: int
+    by_cpus: int
+    """Actors that the CPUs allow."""
+    by_memory: int
+    by_gpus: int | None
+    """None when they need none."""
+
+    @property
+    def actors(self) -> int:
+        """How many fit."""
+        return min(self.rooms.values())
+
+    @property
+    def rooms(self) -> dict[str, int]:
+        """Room for actors by resource."""
+        rooms = {"CPUs": self.by_cpus, "memory": self.by_memory}
+        return rooms if self.by_gpus is None else rooms | {"GPU memory": self.by_gpus}
+
+    @property
+    def limited_by(self) -> str:
+        """The resource that allows the fewest actors."""
+        return min(self.rooms, key=self.rooms.__getitem__)
+
+    def describe(self) -> str:
+        """One line for people."""
+        rooms = ", ".join(f"{name} for {room}" for name, room in self.rooms.items())
+        each = f"each takes {self.actor_gb:.2f} GB"
+        return f"{self.actors} rollout actors fit, by {self.limited_by} (room by {rooms}); {each}"
+
+    def table(self) -> str:
+        """What takes what, in lines for people."""
+        m = self.machine
+        gpus = f", {len(m.gpus)} GPUs of {m.gpus[0]:.1f} GB" if m.gpus else ", no GPU"
+        lines = [f"machine: {m.cpus:g} CPUs, {m.memory_gb:.1f} GB free{gpus}"]
+        for name, parts in (("a learner's GPU", self.learner_gpu), ("an actor's GPU", self.actor_gpu)):
+            if parts:
+                lines.append(f"{name}: {sum(parts.values()):.2f} GB")
+                lines += [f"  {part:<38}{size:8.2f}" for part, size in parts.items()]
+        lines.append(f"an actor's memory: {self.actor_gb:.2f} GB")
+        return "\n".join([*lines, self.describe()])
+
+    def settings(self) -> dict[str, float]:
+        """What to set, to use all of the machine."""
+        shares: dict[str, float] = {}
+        if self.machine.gpus:
+            size = min(self.machine.gpus)
+            for key, parts in (("scaling.learner_gpus", self.learner_gpu), ("scaling.actor_gpus", self.actor_gpu)):
+                share = sum(parts.values()) / (_GPU_SHARE * size)
+                if parts:
+                    shares[key] = min(1.0, -(-share * 100 // 1) / 100)
+        return {"scaling.actors": self.actors} | shares
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"actors": self.actors, "limited_by": self.limited_by, "settings": self.settings()}
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a job for this machine, or for the one that ``plan`` describes.
+
+    One environment and one policy are made in a child process to see what they take; what an update takes is computed
+    without taking it.
+
+    Raises:
+        UserError: when not even the learners fit, or no environment can be made.
+    """
+    told, scaling = config.plan, config.scaling
+    machine = Machine.here(told)
+    checkpoint = resolve(config.policy.checkpoint)
+    arguments = (config.env.ids[0], str(config.env.image_size), str(checkpoint))
+    try:
+        probe = ask_child(_PROBE, _PROBE_TIMEOUT_S, *arguments)
+    except RuntimeError as error:
+        raise UserError(
+            f"no environment could be made to measure its memory: {error}; run: python launch.py doctor"
+        ) from error
+    measured_gb = probe.pop("memory_gb") + _RAY_WORKER_GB
+    actor_gb = told.actor_gb or measured_gb
+    learner_gpu: dict[str, float] = {}
+    actor_gpu: dict[str, float] = {}
+    if machine.gpus:
+        policy = policy_without_weights(config.policy.checkpoint)
+        if scaling.learners and scaling.learner_gpus > 0:
+            learner_gpu = _learner_parts(policy, config, probe)
+        if scaling.actor_gpus > 0:
+            actor_gpu = _actor_parts(policy, config)
+    left = [_GPU_SHARE * size for size in machine.gpus]
+    if learner_gpu:
+        needed = sum(learner_gpu.values())
+        fitting = [i for i, size in enumerate(left) if size >= needed]
+        if len(fitting) < scaling.learners:
+            raise UserError(_does_not_fit(learner_gpu, scaling.learners, machine, len(fitting)))
+        for i in fitting[: scaling.learners]:
+            left[i] -= needed
+    free_gb = max(0.0, machine.memory_gb * _SHARE - _FOR_OTHERS_GB)
+    cpus = machine.cpus - scaling.learners * scaling.learner_cpus
+    each = sum(actor_gpu.values())
+    return Plan(
+        machine=machine,
+        actor_gb=actor_gb,
+        actor_gpu=actor_gpu,
+        learner_gpu=learner_gpu,
+        learners=scaling.learners,
+        by_cpus=max(0, int(cpus / scaling.actor_cpus + 1e-9)),
+        by_memory=int(free_gb / actor_gb),
+        by_gpus=sum(int(size / each) for size in left) if actor_gpu else None,
+    )
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Print the plan of a job, and what to set.
+
+    Raises:
+        UserError: when the job does not fit.
+    """
+    made = make_plan(config)
+    print(made.table())
+    wanted = config.scaling.actors
+    if wanted > made.actors:
+        raise UserError(
+            f"scaling.actors={wanted}: {made.actors} fit, by {made.limited_by}; lower it, or correct the plan: "
+            "plan.cpus, memory_gb, gpus, gpu_gb, actor_gb, actor_gpu_gb, learner_gpu_gb"
+        )
+    print("to use all of it: " + " ".join(f"{key}={value:g}" for key, value in made.settings().items()))
+    return made.to_json()
+
+
+def fit_actors(config: Config) -> Config:
+    """The configuration with as many actors as fit where ``scaling.actors`` is 0, at least one, else as it is."""
+    if config.scaling.actors > 0:
+        return config
+    if config.scaling.address or os.environ.get("RAY_ADDRESS"):
+        raise UserError("scaling.actors=0 measures this machine alone; on a cluster give the number of actors")
+    made = make_plan(config)
+    print(made.describe() + "; set scaling.actors to override")
+    actors = max(1, made.actors)
+    return config.model_copy(update={"scaling": config.scaling.model_copy(update={"actors": actors})})
+
+
+def policy_without_weights(checkpoint: str) -> Policy:
+    """A policy on the device that has no memory: of a folder, or of ``random:`` and a preset's name.
+
+    Raises:
+        UserError: when there is none.
+    """
+    from ript_ray.policies.checkpoints import load_shape
+    from ript_ray.policies.pi0.convert import RANDOM, random_policy
+
+    if not checkpoint.startswith(RANDOM):
+        return load_shape(resolve(checkpoint))
+    with torch.device("meta"):
+        return random_policy(checkpoint.removeprefix(RANDOM), ConvertConfig())
+
+
+def available_memory_gb() -> float:
+    """Memory that can be had without swapping."""
+    with open("/proc/meminfo") as file:
+        return next(float(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 1e6
+
+
+def _learner_parts(policy: Policy, config: Config, sizes: dict[str, int]) -> dict[str, float]:
+    if config.plan.learner_gpu_gb is not None:
+        return {"as plan.learner_gpu_gb says": config.plan.learner_gpu_gb}
+    from learner.footprint import update_footprint
+
+    return {name: size / 1e9 for name, size in update_footprint(policy, config, **sizes).items()} | {"CUDA": _CUDA_GB}
+
+
+def _actor_parts(policy: Policy, config: Config) -> dict[str, float]:
+    if config.plan.actor_gpu_gb is not None:
+        return {"as plan.actor_gpu_gb says": config.plan.actor_gpu_gb}
+    half = config.policy.precision == "bfloat16"
+    tensors = policy.state_dict().items()
+    weights = sum(t.numel() * (2 if half and not policy.keeps_exact(name) else 4) for name, t in tensors)
+    return {"weights": weights / 1e9, "a chunk and the renderer": _ACTING_GB, "CUDA": _CUDA_GB}
+
+
+def _does_not_fit(parts: dict[str, float], learners: int, machine: Machine, fitting: int) -> str:
+    largest = ", ".join(f"{name} {size:.1f}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
+    return (
+        f"scaling.learners={learners}: each needs {sum(parts.values()):.1f} GB of a GPU ({largest}); {fitting} of "
+        f"{len(machine.gpus)} GPUs of {machine.gpus[0]:.1f} GB have that; lower train.micro_batch, set "
+        "train.checkpoint_activations=true, train.freeze or train.lora_rank, or plan.learner_gpu_gb if that is wrong"
+    )

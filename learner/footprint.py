@@ -1,0 +1,88 @@
+"""What an update takes of its device's memory, told without having that memory."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
+from ript_ray.config import Config, ObjectiveConfig
+from ript_ray.policies.adapt import add_lora, freeze
+from ript_ray.policies.policy import Policy
+from ript_ray.types import Batch
+
+_FLOAT32 = 4
+
+
+def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: int, action_dim: int) -> dict[str, float]:
+    """Bytes that `learner.update.update` takes at its peak, by what takes them.
+
+    Args:
+        policy: of any size; its weights may be without memory (``torch.device("meta")``). It is not changed.
+        config: what is trained, how, and on how much at a time.
+        cameras: C, of the environment's frames.
+        state_dim: S.
+        action_dim: A.
+    """
+    train, objective = config.train, config.objective
+    policy = copy.deepcopy(policy)
+    freeze(policy, train.freeze)
+    if train.lora_rank:
+        add_lora(policy, train.lora_rank, train.lora_part)
+    if train.checkpoint_activations:
+        policy.checkpoint_activations()
+    weights = _FLOAT32 * sum(p.numel() for p in [*policy.parameters(), *policy.buffers()])
+    trained = _FLOAT32 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    copies = compares_with_reference(objective) + (train.anchor > 0) + (train.ema > 0)
+    if compares_with_recording(objective):  # it asks for what rollouts recorded, and keeps no more than this one
+        objective = ObjectiveConfig()
+    rows = min(train.micro_batch, train.batch_size // max(1, config.scaling.learners))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = Batch(
+            frames=torch.zeros(rows, cameras, config.env.image_size, config.env.image_size, 3, dtype=torch.uint8),
+            states=torch.zeros(rows, state_dim),
+            actions=torch.zeros(rows, 50, action_dim),
+            valid=torch.ones(rows, 50, dtype=torch.bool),
+            advantages=torch.ones(rows),
+            weights=torch.ones(rows),
+            instructions=["pick up the black bowl between the plate and the ramekin"] * rows,
+        )
+        kept = _kept_for_the_backward_pass(policy.to_empty(device="cpu").train(), batch, config, objective)
+    mixed = train.precision == "bfloat16"
+    parts = {
+        "weights": weights,
+        "weights in bfloat16": weights / 2 if mixed else 0.0,  # autocast keeps them between forward and backward pass
+        "copies to compare with or to average": weights * copies,
+        "gradients": trained,
+        "gradients in exchange": trained if config.scaling.learners > 1 else 0.0,
+        "AdamW's two moments": 2 * trained,
+        f"activations of {rows} windows": kept,
+    }
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def _kept_for_the_backward_pass(policy: Policy, batch: Batch, config: Config, objective: ObjectiveConfig) -> float:
+    """Bytes of all that one forward pass keeps, weights aside. With fake tensors it costs neither memory nor time."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*policy.parameters(), *policy.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    rows = len(batch)
+    noise = torch.zeros(rows, policy.horizon, policy.action_dim)
+    time = torch.full((rows,), 0.5)
+    reference = copy.deepcopy(policy).requires_grad_(False) if compares_with_reference(objective) else None
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bfloat16"),
+    ):
+        draw = Draw(policy, batch, noise, time, time, reference)
+        loss = find_objective(objective.name)(draw, objective).per_sample.sum()
+    del loss  # the graph lives until here
+    return float(sum(storage.nbytes() for storage in kept.values()))

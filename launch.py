@@ -42,6 +42,7 @@ from ript_ray.errors import UserError
 from ript_ray.tools import TOOLS, run_tool
 
 if TYPE_CHECKING:
+    from cluster.storage import Storage
     from cluster.tracking import Tracker
     from ript_ray.policies.policy import Policy
 
@@ -59,12 +60,14 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     """
     from actors.journal import work_done
     from cluster.serving import report_server
+    from cluster.storage import stored
     from cluster.tracking import tracking
 
     survived: list[str] = []
     restarts = 0
     with (
         told_how_to_resume(run_dir),
+        stored(config.run.storage, run_dir) as storage,
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
         report_server(run_dir, config.run.report_host, config.run.report_port) as address,
     ):
@@ -73,7 +76,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
         while True:
             before = work_done(run_dir)
             try:
-                return train_until_it_fails(config, run_dir, tracker, survived)
+                return train_until_it_fails(config, run_dir, tracker, storage, survived)
             except UserError:
                 raise
             except Exception as error:
@@ -87,13 +90,16 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
                 time.sleep(2.0**restarts)
 
 
-def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, survived: list[str]) -> dict[str, Any]:
+def train_until_it_fails(
+    config: Config, run_dir: Path, tracker: Tracker, storage: list[Storage], survived: list[str]
+) -> dict[str, Any]:
     """One session of `train`, from what is in the run directory to the summary.
 
     Args:
         config: the whole configuration.
         run_dir: of the run, new or not.
         tracker: takes metrics and files.
+        storage: what keeps the run's files elsewhere, too.
         survived: failures of earlier sessions, to be noted.
     """
     import ray
@@ -127,6 +133,7 @@ def train_until_it_fails(config: Config, run_dir: Path, tracker: Tracker, surviv
             Metrics(run_dir.name),
             Gallery(coordinator, actors, run_dir),
             LiveReport(run_dir),
+            *storage,
         ]
         with Monitor(coordinator, listeners) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
@@ -409,13 +416,16 @@ def go_on(config: Config) -> dict[str, Any] | None:
     Raises:
         UserError: when that run has other settings than these, except for where and how wide it runs.
     """
+    from cluster.storage import restore
     from ript_ray.runs import Run
 
     if config.run.dir is None:
         raise UserError("run.resume=true without run.dir: expected the folder of the run to go on with")
     run_dir = Path(config.run.dir)
     if not (run_dir / "journal.jsonl").exists():
-        return None
+        if config.run.storage is None or not restore(config.run.storage, run_dir):
+            return None
+        print(f"{run_dir}: goes on from {config.run.storage}")
     run = Run.load(run_dir)
     other = [key for key in run.changed_by(config) if key.partition(".")[0] not in ("run", "scaling")]
     if other:

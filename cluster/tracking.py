@@ -77,6 +77,8 @@ def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict
         identifier = experiment.experiment_id
     marker = run_dir / "mlflow-run"
     begun = marker.read_text().strip() if marker.exists() else None
+    if begun and not _exists(begun):  # the run goes on where this store is not
+        begun = None
     with mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name) as run:
         if begun is None:
             marker.write_text(run.info.run_id + "\n")
@@ -84,3 +86,13 @@ def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict
                 {f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()}
             )
         yield Tracker(run.info.run_id)
+
+
+def _exists(run_id: str) -> bool:
+    import mlflow
+
+    try:
+        mlflow.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        return False
+    return True

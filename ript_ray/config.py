@@ -34,6 +34,9 @@ class RunConfig(_Section):
     """MLflow tracking server or store; a local SQLite file in the run directory's parent by default."""
     resume: bool = False
     """Go on with the run in ``run.dir`` if there is one, so that the same command can be sent again."""
+    storage: str | None = None
+    """A second place for the run's files, kept up to date after each update: a path, or a URL that ``pyarrow.fs`` knows
+    (``s3://``, ``gs://``, ``hdfs://``). With ``resume`` a run whose ``dir`` is gone goes on from there."""
     report_port: int | None = Field(default=0, ge=0, le=65535)
     """Where the job serves its report page; 0: at any free port, null: nowhere."""
     report_host: str = "127.0.0.1"
@@ -432,6 +435,8 @@ class Config(_Section):
             )
         if not self.scaling.ray and self.train.mode != "sync":
             raise ValueError("scaling.ray=false with train.mode=async: one process can only collect and learn in turn")
+        if not self.scaling.ray and self.run.storage:
+            raise ValueError(f"run.storage={self.run.storage!r} with scaling.ray=false: such a run is not resumed")
         if self.train.batch_size % max(1, self.scaling.learners):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by "

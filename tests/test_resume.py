@@ -128,19 +128,24 @@ def run_with_stops(
 
 
 def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    stops = [
-        (played(7), signal.SIGKILL),  # the evaluation is over, the first group half collected
-        (collected(1, 0.05), signal.SIGTERM),  # within the second update
-        (collected(2), signal.SIGKILL),
-    ]
-    summary = run_with_stops(checkpoint, run, stops)
-    there, here = story(undisturbed), story(run)
+    run, elsewhere = tmp_path / "run", tmp_path / "another machine" / "run"
+    command = [*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.storage={(tmp_path / 'stored').as_uri()}"]
+    process = start(*command, f"run.dir={run}")
+    stop_when(process, run, played(7), signal.SIGKILL)  # the evaluation is over, the first group half collected
+    process = start("--resume", str(run))
+    stop_when(process, run, collected(1, 0.05), signal.SIGTERM)  # within the second update
+    process = start("--resume", str(run))
+    stop_when(process, run, collected(2), signal.SIGKILL)
+    finish(start(*command, f"run.dir={elsewhere}", "run.resume=true"))
+    there, here = story(undisturbed), story(elsewhere)
     assert here[0] == there[0]
     assert here[1] == there[1]
     assert len(here[1]) == 6
-    numbers = [entry["number"] for entry in read_journal(run) if entry["kind"] == "played"]
+    summary = json.loads((elsewhere / "summary.json").read_text())
+    assert summary["sessions"] == 4
+    numbers = [entry["number"] for entry in read_journal(elsewhere) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
+    assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()
 
 
 @pytest.mark.slow

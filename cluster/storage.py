@@ -1,0 +1,170 @@
+"""A second place for a run's files, by path or URL: when the machine is gone, the run goes on from there on another."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from pyarrow import ArrowException
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from ript_ray.errors import UserError
+
+log = logging.getLogger("ript_ray")
+
+_JOURNAL = "journal.jsonl"
+_NOT_KEPT = ("learners", "mlflow-artifacts")
+"""Folders that a run does not go on from."""
+_CLOSE_TIMEOUT_S = 600.0
+_BLOCK = 1 << 24
+
+
+class Storage:
+    """Copies what is new in a run directory, in a thread of its own, whenever there is a new row of metrics.
+
+    The journal comes last, as it was before anything else was copied, so it never speaks of a file that is not there.
+    Every file appears complete or not at all.
+
+    Args:
+        url: what `pyarrow.fs.FileSystem.from_uri` takes (``s3://``, ``gs://``, ``hdfs://``, ``file://``), or a path.
+        run_dir: is copied.
+
+    Raises:
+        UserError: when nothing can be written there.
+    """
+
+    def __init__(self, url: str, run_dir: Path) -> None:
+        self._url, self._run_dir = url, run_dir
+        self._known: dict[Path, tuple[int, int]] = {}
+        self._fs, self._root = _open(url)
+        with _explained(url):
+            self._fs.create_dir(str(self._root), recursive=True)
+            self._copy(run_dir / "config.yaml")
+            self._known |= dict(self._there())
+        self._due, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="storage", daemon=True)
+        self._thread.start()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """There is something new."""
+        self._due.set()
+
+    def close(self) -> None:
+        """Copy what is left. A failure is told, and leaves the run as it is."""
+        self._ended.set()
+        self._due.set()
+        self._thread.join(timeout=_CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            print(f"run.storage={self._url!r} takes too long; {self._run_dir} is complete", file=sys.stderr)
+
+    def _loop(self) -> None:
+        last = False
+        while not last:
+            self._due.wait()
+            self._due.clear()
+            last = self._ended.is_set()
+            try:
+                self._save()
+            except (OSError, ArrowException) as error:
+                log.exception("run.storage did not take the files of %s", self._run_dir)
+                if last:
+                    print(f"run.storage={self._url!r}: {error}; {self._run_dir} is complete", file=sys.stderr)
+
+    def _save(self) -> None:
+        journal = self._run_dir / _JOURNAL
+        seen = journal.read_bytes() if journal.exists() else b""
+        for file in sorted(self._run_dir.rglob("*")):
+            inside = file.relative_to(self._run_dir).parts
+            if file == journal or inside[0] in _NOT_KEPT or any(part.startswith(".") for part in inside):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
+                if file.is_file() and self._known.get(file) != _stamp(file):
+                    self._copy(file)
+        if whole := seen[: seen.rfind(b"\n") + 1]:
+            self._write(_JOURNAL, BytesIO(whole))
+
+    def _there(self) -> Iterator[tuple[Path, tuple[int, int]]]:
+        """What an earlier session has copied, and nobody has changed since."""
+        for info in self._fs.get_file_info(FileSelector(str(self._root), recursive=True)):
+            file = self._run_dir / PurePosixPath(info.path).relative_to(self._root)
+            if info.type == FileType.File and file.is_file():
+                size, modified = _stamp(file)
+                if info.size == size and info.mtime_ns >= modified:
+                    yield file, (size, modified)
+
+    def _copy(self, file: Path) -> None:
+        stamp = _stamp(file)  # before it is read: should it change meanwhile, it is copied again
+        with file.open("rb") as source:
+            self._write(file.relative_to(self._run_dir).as_posix(), source)
+        self._known[file] = stamp
+
+    def _write(self, name: str, source: BinaryIO) -> None:
+        target = self._root / name
+        partial = target.with_name(f".{target.name}.partial")
+        self._fs.create_dir(str(target.parent), recursive=True)
+        with self._fs.open_output_stream(str(partial)) as out:
+            shutil.copyfileobj(source, out, _BLOCK)
+        self._fs.move(str(partial), str(target))
+
+
+@contextlib.contextmanager
+def stored(url: str | None, run_dir: Path) -> Iterator[list[Storage]]:
+    """A `Storage` for the time of a run, in a list; none when there is no URL."""
+    storage = [Storage(url, run_dir)] if url else []
+    try:
+        yield storage
+    finally:
+        for one in storage:
+            one.close()
+
+
+def restore(url: str, run_dir: Path) -> bool:
+    """Copy a run back into a directory that has none; False when there is none to copy.
+
+    Raises:
+        UserError: when the place cannot be read.
+    """
+    fs, root = _open(url)
+    with _explained(url):
+        if fs.get_file_info(str(root / _JOURNAL)).type != FileType.File:
+            return False
+        for info in fs.get_file_info(FileSelector(str(root), recursive=True)):
+            inside = PurePosixPath(info.path).relative_to(root)
+            if info.type != FileType.File or any(part.startswith(".") for part in inside.parts):
+                continue
+            target = run_dir / inside
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with fs.open_input_stream(info.path) as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, _BLOCK)
+    return True
+
+
+def _open(url: str) -> tuple[FileSystem, PurePosixPath]:
+    with _explained(url):
+        if "://" not in url:
+            return LocalFileSystem(), PurePosixPath(Path(url).resolve())
+        fs, path = FileSystem.from_uri(url)
+        return fs, PurePosixPath(path)
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ArrowException) as error:
+        raise UserError(
+            f"run.storage={url!r}: {str(error).splitlines()[0]}; expected a folder that can be written: a path, or "
+            "a URL such as s3://bucket/run, with the credentials that its service looks for"
+        ) from error
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,53 @@
+"""The second place of a run's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import restore, stored
+from ript_ray.config import Config
+from ript_ray.errors import UserError
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: bool) -> None:
+    run, place, back = tmp_path / "run", tmp_path / "a place", tmp_path / "back"
+    url = place.as_uri() if as_url else str(place)
+    (run / "checkpoints/0001").mkdir(parents=True)
+    (run / "learners/0").mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {}\n")
+    (run / "checkpoints/0001/model.safetensors").write_bytes(bytes(1000))
+    (run / ".metrics.jsonl.partial").write_text("{}")
+    (run / "learners/0/state").write_text("of Ray Train")
+    assert not restore(url, back)
+    with stored(url, run) as (storage,):
+        (run / "journal.jsonl").write_text('{"kind": "session"}\n{"kind": "pla')
+        storage({})
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n')
+    kept = {name: content for name, content in files_of(run).items() if not name.startswith((".", "learners"))}
+    assert files_of(place) == kept
+    assert restore(url, back)
+    assert files_of(back) == kept
+
+    before = (place / "checkpoints/0001/model.safetensors").stat().st_mtime_ns
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n' * 2)
+    with stored(url, run):
+        pass
+    assert (place / "checkpoints/0001/model.safetensors").stat().st_mtime_ns == before  # not copied again
+    assert files_of(place)["journal.jsonl"] == b'{"kind": "session"}\n' * 2
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.yaml").write_text("")
+    for url in (str(tmp_path / "file/run"), "nowhere://bucket/run"):
+        with pytest.raises(UserError, match=rf"run\.storage='{url}': .*a URL such as s3://"), stored(url, tmp_path):
+            pass
+    with pytest.raises(ValueError, match=r"run\.storage='x' with scaling\.ray=false"):
+        Config.model_validate({"run": {"storage": "x"}, "scaling": {"ray": False}})

@@ -243,7 +243,7 @@ def available_memory_gb() -> float:
 def _learner_parts(policy: Policy, config: Config, sizes: dict[str, int]) -> dict[str, float]:
     if config.plan.learner_gpu_gb is not None:
         return {"as plan.learner_gpu_gb says": config.plan.learner_gpu_gb}
-    from learner.footprint import update_footprint
+    from ript_ray.footprint import update_footprint
 
     return {name: size / 1e9 for name, size in update_footprint(policy, config, **sizes).items()} | {"CUDA": _CUDA_GB}
 

@@ -134,6 +134,9 @@ class DataConfig(_Section):
     ``all``: on any window; the missing frames of those that are drawn are rendered while the learner trains."""
     distinct: int | None = Field(default=None, ge=1)
     """Train on at most so many distinct windows in one update, drawn at random; on all of them by default."""
+    good_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """At least this share of each batch has a positive advantage: successes that are rare are repeated more often than
+    failures, and do not drown in them. 0 leaves it to chance."""
     tail: Literal["drop", "pad"] = "drop"
     """``drop``: a trajectory of L steps gives L − 49 full windows; ``pad``: also the 49 padded ones at its end."""
     short: Literal["pad", "drop"] = "pad"

@@ -12,10 +12,10 @@ from conftest import make_policy
 
 from cluster.plan import make_plan, policy_without_weights
 from launch import main
-from learner.footprint import update_footprint
 from ript_ray.algos.objectives import Draw, find_objective
 from ript_ray.config import Config, ObjectiveConfig
 from ript_ray.errors import UserError
+from ript_ray.footprint import update_footprint
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch
 

@@ -6,7 +6,7 @@ import torch
 from conftest import make_trajectory
 
 from ript_ray.data.storage import load_trajectories, save_trajectories
-from ript_ray.data.windows import gather, seen_starts, shuffled_batches, window_starts
+from ript_ray.data.windows import batches_with_good, gather, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
 from ript_ray.types import Window
 
@@ -61,6 +61,23 @@ def test_shuffled_batches_are_whole_passes() -> None:
     many = shuffled_batches(20, 3, 6, [1, 2], min_steps=15)
     assert many.shape == (15, 6)
     np.testing.assert_array_equal(many[:10], order)
+
+
+def test_rare_good_rows_get_their_share_of_each_batch() -> None:
+    good = np.zeros(100, dtype=bool)
+    good[[3, 50, 97]] = True
+    order = batches_with_good(good, 0.25, epochs=4, batch_size=16, seed=[1], min_steps=30)
+    assert order.shape == (30, 16)
+    assert (good[order].sum(1) == 4).all()
+    counts = np.bincount(order.ravel(), minlength=100)
+    assert set(counts[good]) == {40}  # 120 places for three
+    assert set(counts[~good]) == {3, 4}  # 360 for 97: passes, not chance
+    assert 0 < good[order[:, :8]].sum() / 120 < 1  # no learner gets all of them
+    np.testing.assert_array_equal(order, batches_with_good(good, 0.25, 4, 16, [1], 30))
+    # Enough of them, or none: as without.
+    for plenty in (np.ones(100, dtype=bool), np.zeros(100, dtype=bool)):
+        expected = shuffled_batches(100, 4, 16, [1], 30)
+        np.testing.assert_array_equal(batches_with_good(plenty, 0.25, 4, 16, [1], 30), expected)
 
 
 def test_trajectories_survive_the_disk(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
-from ript_ray.data.windows import shuffled_batches, window_starts
+from ript_ray.data.windows import batches_with_good, window_starts
 from ript_ray.types import EpisodeReport, Shard
 
 
@@ -42,13 +42,15 @@ def make_shard(
         windows = windows[np.sort(rng.choice(len(windows), config.data.distinct, replace=False))]
     raw = credited([reports[i] for i in identifiers], np.array([advantages[i] for i in identifiers]), config.objective)
     weights, counts = process(raw, config.objective)
+    good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
+    seed = [config.run.seed, step]
     shard = Shard(
         step=step,
         trajectories={i: trajectories[i] for i in identifiers},
         advantages=dict(zip(identifiers, raw.tolist(), strict=True)),
         weights=dict(zip(identifiers, weights.tolist(), strict=True)),
         windows=windows,
-        order=shuffled_batches(len(windows), train.epochs, train.batch_size, [config.run.seed, step], train.min_steps),
+        order=batches_with_good(good, config.data.good_share, train.epochs, train.batch_size, seed, train.min_steps),
         batch_size=train.batch_size,
     )
     return shard, counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
@@ -121,3 +122,31 @@ def shuffled_batches(count: int, epochs: int, batch_size: int, seed: Sequence[in
     steps = max(min_steps, epochs * count // batch_size)
     passes = [rng.permutation(count) for _ in range(-(-steps * batch_size // count))]
     return np.concatenate(passes)[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def batches_with_good(
+    good: np.ndarray, share: float, epochs: int, batch_size: int, seed: Sequence[int], min_steps: int = 1
+) -> np.ndarray:
+    """Rows as `shuffled_batches` gives them, but at least a share of each batch is good: int32[steps, batch_size].
+
+    Where too few rows are good, those are repeated more often than the others; the number of steps does not change.
+
+    Args:
+        good: which rows are, bool[N].
+        share: of each batch; 0 leaves everything to chance.
+        epochs: passes over all rows.
+        batch_size: rows in a batch.
+        seed: of the order.
+        min_steps: at least so many batches.
+    """
+    order = shuffled_batches(len(good), epochs, batch_size, seed, min_steps)
+    wanted = math.ceil(share * batch_size)
+    if good.mean() * batch_size >= wanted or not good.any() or len(order) == 0:
+        return order
+    steps = len(order)
+    parts = []
+    for i, (rows, count) in enumerate(((np.flatnonzero(good), wanted), (np.flatnonzero(~good), batch_size - wanted))):
+        if count:
+            parts.append(rows[shuffled_batches(len(rows), 0, count, [*seed, i], steps)])
+    # Learners take columns, so good ones must not stand in the first.
+    return np.random.default_rng([*seed, len(parts)]).permuted(np.concatenate(parts, axis=1), axis=1).astype(np.int32)

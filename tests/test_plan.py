@@ -49,8 +49,7 @@ def live_bytes_after_forward(policy: Policy, rows: int, size: int, precision: st
     return live
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["flow", "pi0_tiny"])
+@pytest.mark.parametrize(("kind", "precision"), [("flow", "float32"), ("pi0_tiny", "bfloat16")])
 def test_what_an_update_takes_is_what_one_takes(kind: str, precision: str) -> None:
     from ript_ray.config import ConvertConfig
     from ript_ray.policies.pi0.convert import random_policy

@@ -139,7 +139,11 @@ def _plain_loop(config: Config, trajectories: list[Trajectory]) -> list[float]:
     """Samples per second of each update but the first, without Ray: everything in this process."""
     torch.set_num_threads(config.scaling.learner_threads)
     train = config.train
-    index = [(i, int(start)) for i, t in enumerate(trajectories) for start in seen_starts(t, tail=config.data.tail)]
+    index = [
+        (i, int(start))
+        for i, t in enumerate(trajectories)
+        for start in seen_starts(len(t), t.frame_steps, tail=config.data.tail)
+    ]
     order = shuffled_batches(len(index), train.epochs, train.batch_size, [config.run.seed, 0])
     advantages = {i: 1.0 if t.success else -1.0 for i, t in enumerate(trajectories)}
     shard = Shard(0, {}, advantages, advantages, np.array(index, dtype=np.int32), order, train.batch_size)

@@ -25,17 +25,16 @@ from actors.weights import WeightStore
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
 from learner.loop import plan_steps
 from learner.update import update
-from ript_ray.algos.advantages import is_kept, leave_one_out, process
+from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
-from ript_ray.data.shards import credited
-from ript_ray.data.windows import seen_starts, shuffled_batches
+from ript_ray.data.shards import make_shard, trained_starts
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import load_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
-from ript_ray.types import Context, EpisodeReport, Shard, Trajectory
+from ript_ray.types import Context, EpisodeReport, Trajectory
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "imitation": {"objective": {"name": "imitation"}},
@@ -240,21 +239,18 @@ def _update(
     pool = dict(enumerate(t for group in kept for t in group.trajectories))
     if not pool:
         return policy
-    raw = np.concatenate([leave_one_out(group.rewards) for group in kept])
-    raw = credited([EpisodeReport.of(trajectory) for trajectory in pool.values()], raw, objective)
-    advantages = dict(enumerate(raw.tolist()))
-    weights = dict(enumerate(process(raw, objective)[0].tolist()))
-    data = config.data
-    windows = [(i, start) for i, t in pool.items() for start in seen_starts(t, data.short, data.tail)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile
     # Every objective takes the same number of steps, whatever was rejected.
-    every = sum(len(seen_starts(t, data.short, data.tail)) for group in groups for t in group.trajectories)
-    steps = max(1, train.epochs * every // train.batch_size)
-    epochs = -(-steps * train.batch_size // len(windows))
-    order = shuffled_batches(len(windows), epochs + 1, train.batch_size, [seed])[:steps]
-    shard = Shard(0, {}, advantages, weights, np.array(windows, dtype=np.int32), order, train.batch_size)
-    batches = plan_steps(shard, pool, train.micro_batch)
-    return update(policy, batches, train, objective, torch.Generator().manual_seed(seed))[0]
+    data = config.data.model_copy(update={"windows": "seen"})  # nobody renders others here
+    played = [EpisodeReport.of(trajectory) for group in groups for trajectory in group.trajectories]
+    every = sum(len(trained_starts(report, data)) for report in played)
+    train = train.model_copy(update={"min_steps": max(1, train.epochs * every // train.batch_size)})
+    chosen = {"data": data, "train": train, "objective": objective, "run": config.run.model_copy(update={"seed": seed})}
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in pool.items()}
+    advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
+    shard, _ = make_shard(0, reports, advantages, pool, config.model_copy(update=chosen))
+    steps = plan_steps(shard, pool, train.micro_batch)
+    return update(policy, steps, train, objective, torch.Generator().manual_seed(seed))[0]
 
 
 def _settings(config: Config, variant: str) -> tuple[TrainConfig, ObjectiveConfig]:

@@ -28,7 +28,9 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     demos = list(read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.demos.frame_every))
     pool = dict(enumerate(demos))
     windows = [
-        Window(i, start) for i, demo in pool.items() for start in seen_starts(demo, config.data.short, config.data.tail)
+        Window(i, start)
+        for i, demo in pool.items()
+        for start in seen_starts(len(demo), demo.frame_steps, config.data.short, config.data.tail)
     ]
     if not windows:
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")

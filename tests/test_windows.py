@@ -44,8 +44,9 @@ def test_a_window_without_its_frame_is_an_error() -> None:
 
 
 def test_only_windows_that_were_seen_are_free() -> None:
-    assert seen_starts(make_trajectory(80)) == [0, 10, 20, 30]
-    assert seen_starts(make_trajectory(80), tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
+    looks = make_trajectory(80).frame_steps
+    assert seen_starts(80, looks) == [0, 10, 20, 30]
+    assert seen_starts(80, looks, tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
 def test_shuffled_batches_are_whole_passes() -> None:

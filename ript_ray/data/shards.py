@@ -9,7 +9,7 @@ import numpy as np
 
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
-from ript_ray.data.windows import batches_with_good, window_starts
+from ript_ray.data.windows import batches_with_good, seen_starts, window_starts
 from ript_ray.types import EpisodeReport, Shard
 
 
@@ -79,7 +79,6 @@ def credited(reports: Sequence[EpisodeReport], advantages: np.ndarray, objective
 
 def trained_starts(report: EpisodeReport, data: DataConfig) -> list[int]:
     """Starts of the windows of a trajectory that are trained on, as ``data.windows`` says."""
-    starts = window_starts(report.length, short=data.short, tail=data.tail)
     if data.windows == "all":
-        return list(starts)
-    return [int(step) for step in report.frame_steps if int(step) in starts]
+        return list(window_starts(report.length, short=data.short, tail=data.tail))
+    return seen_starts(report.length, report.frame_steps, data.short, data.tail)

@@ -35,10 +35,10 @@ def window_starts(length: int, horizon: int = HORIZON, short: Short = "pad", tai
     return range(length if tail == "pad" else length - horizon + 1)
 
 
-def seen_starts(trajectory: Trajectory, short: Short = "pad", tail: Tail = "drop") -> list[int]:
-    """Starts of those windows whose frame exists already, because the policy looked there: they cost no rendering."""
-    starts = window_starts(len(trajectory), short=short, tail=tail)
-    return [int(step) for step in trajectory.frame_steps if int(step) in starts]
+def seen_starts(length: int, frame_steps: np.ndarray, short: Short = "pad", tail: Tail = "drop") -> list[int]:
+    """Starts of those windows of a trajectory whose frame exists already, because the policy looked there."""
+    starts = window_starts(length, short=short, tail=tail)
+    return [int(step) for step in frame_steps if int(step) in starts]
 
 
 def gather(

@@ -17,7 +17,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import asynchrony, control, env, faults, learner, objectives, policy, soak
+    from benchmarks import asynchrony, control, env, faults, learner, objectives, policy, scaling, soak
 
     benchmarks = {
         "async": asynchrony.measure,
@@ -28,6 +28,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
         "memory": learner.measure_memory,
         "objectives": objectives.measure,
         "policy": policy.measure,
+        "scaling": scaling.measure,
         "soak": soak.measure,
     }
     if len(subjects) != 1 or subjects[0] not in benchmarks:

@@ -29,6 +29,7 @@ _EPISODE_S = 10.0
 """Mean length of an episode."""
 _SPREAD = 0.6
 """Deviation of the logarithm of its length: one in twenty takes more than two and a half times the median."""
+_TRAJECTORY_BYTES = 250_000
 _LEARNER_SHARE = 0.5
 """What the learner takes for an update, of the time that its rollouts take."""
 
@@ -59,13 +60,13 @@ class _Host:
             success=bool(rng.random() < 0.5),
             length=160,
             frame_steps=steps,
-            nbytes=250_000,
+            nbytes=_TRAJECTORY_BYTES,
             seconds={"physics": length},
             frames=2 * len(steps),
             cameras=2,
             weights_wait_s=0.0,
         )
-        return report, np.zeros(250_000, dtype=np.uint8)  # as large as a trajectory
+        return report, np.zeros(_TRAJECTORY_BYTES, dtype=np.uint8)
 
     async def busy(self) -> float:
         """Seconds in episodes so far, of all seats."""
@@ -91,6 +92,23 @@ class _Seat:
         return self.host.collect.options(num_returns=2).remote(self.number, context)
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What was when an update had its samples."""
+
+    time: float
+    busy: float
+    """Seconds that all seats spent in episodes."""
+    episodes: int
+    cpu: dict[str, float]
+    """Seconds of processor time, by process."""
+
+
+def _cpu_seconds(actors: dict[str, Any]) -> dict[str, float]:
+    asked = [actor.__ray_call__.remote(lambda _: time.process_time()) for actor in actors.values()]
+    return dict(zip(actors, ray.get(asked, timeout=60), strict=True))
+
+
 def measure(config: Config) -> dict[str, Any]:
     """Share of their time that simulated actors spend in episodes, and what goes through the control plane."""
     seats = config.bench.simulated
@@ -109,6 +127,7 @@ def measure(config: Config) -> dict[str, Any]:
         pool = spawn(SamplePool, config, name="SamplePool")
         actors = [_Seat(hosts[i % _HOSTS], i) for i in range(seats)]
         coordinator = spawn(Coordinator, config, actors, pool, store, Path(folder), [], name="Coordinator")
+        control = {"coordinator": coordinator, "pool": pool, "weight store": store}
         limit = config.scaling.wait_timeout_s
         started = time.perf_counter()
         collecting = coordinator.run.remote()
@@ -118,7 +137,9 @@ def measure(config: Config) -> dict[str, Any]:
             waiting = time.perf_counter()
             ray.get(pool.next_shard.remote(step, 0, 1, limit), timeout=limit + 30)
             idle += time.perf_counter() - waiting
-            marks.append((time.perf_counter(), sum(ray.get([host.busy.remote() for host in hosts], timeout=60))))
+            busy = sum(ray.get([host.busy.remote() for host in hosts], timeout=60))
+            episodes = ray.get(coordinator.totals.remote(), timeout=60)["episodes"]
+            marks.append(_Mark(time.perf_counter(), busy, episodes, _cpu_seconds(control)))
             time.sleep(_LEARNER_SHARE * _EPISODE_S)
             ray.get(store.publish.remote(step + 1, {}, ""), timeout=60)
         ray.get(collecting, timeout=limit)
@@ -126,14 +147,21 @@ def measure(config: Config) -> dict[str, Any]:
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
     # From the first shard to the last: before, all begin at once, and at the end there is nothing left to open.
-    (first, busy_first), (last, busy_last) = marks[0], marks[-1]
+    first, last = marks[0], marks[-1]
+    episodes = last.episodes - first.episodes
     return {
         "benchmark": "control",
         "actors": seats,
         "episode_seconds": {"mean": _EPISODE_S, "log_deviation": _SPREAD},
         "episodes": totals["episodes"],
         "episodes_per_second": totals["episodes"] / wall,
-        "in_episodes": (busy_last - busy_first) / (seats * (last - first)),
+        "in_episodes": (last.busy - first.busy) / (seats * (last.time - first.time)),
+        "measured": {
+            "seconds": last.time - first.time,
+            "episodes": episodes,
+            "cpu_seconds": {name: last.cpu[name] - first.cpu[name] for name in control},
+        },
+        "bytes_per_episode": _TRAJECTORY_BYTES,
         "learner_idle": idle / wall,
         "staleness": counts["staleness"],
     }

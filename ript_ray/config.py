@@ -392,6 +392,8 @@ class BenchConfig(_Section):
     """Updates of the job that ``bench soak`` watches; the default job would make so many in a day."""
     simulated: int = Field(default=1000, ge=1)
     """Rollout actors that ``bench control`` simulates."""
+    sizes: tuple[int, ...] = (1, 10, 100, 1000)
+    """Numbers of simulated rollout actors that ``bench scaling`` runs, from few to many."""
     preset: Literal["pi0", "pi05", "pi0_tiny", "pi05_tiny"] = "pi0_tiny"
     """Sizes of the policy that ``bench policy`` measures."""
     compiled: bool = False

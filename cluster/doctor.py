@@ -83,7 +83,7 @@ def _rendering(config: Config) -> str:
 
 def _memory(config: Config) -> str:
     plan = make_plan(config)
-    room = min(plan.by_memory, plan.by_memory if plan.by_gpus is None else plan.by_gpus)
+    room = min(room for name, room in plan.rooms.items() if name != "CPUs")  # which actors may share
     if config.scaling.actors > room:
         raise RuntimeError(f"{plan.describe()}; lower scaling.actors={config.scaling.actors}")
     return plan.describe()

@@ -40,6 +40,8 @@ POINT_REACH = [
     "eval.episodes=4",
 ]
 
+_SAMPLE = re.compile(r"(ray_ript_\w+)\{.*\} (\S+)$")
+
 pytestmark = pytest.mark.ray
 
 
@@ -124,10 +126,12 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
     groups = json.loads((cluster.folder / "prom_metrics_service_discovery.json").read_text())
     found = {}
     for target in [target for group in groups for target in group["targets"]]:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            for line in answer.read().decode().splitlines():
-                if match := re.match(r"(ray_ript_\w+)\{.*\} (\S+)$", line):
-                    found[match[1]] = float(match[2])
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+        except OSError:  # not there yet; whoever waits asks again
+            continue
+        found |= {match[1]: float(match[2]) for line in lines if (match := _SAMPLE.match(line))}
     return found
 
 

@@ -20,6 +20,8 @@ from ript_ray.types import Trajectory
 
 _FIRST_STAGE = "frames"
 _EULER = ("noisy chunk", "time", "velocity")
+_ROUNDING = 1e-3
+"""Of actions in [−1, 1]. Sums are rounded by where numbers lie in memory; contacts then make much of it."""
 _PLOTTED = 7
 """Action dimensions, at most: an arm's."""
 
@@ -34,7 +36,7 @@ class Dissection:
     mirrored: bool
     """Are frames upside down, as LIBERO's are?"""
     first_difference: int | None
-    """First step whose action is not the recorded one; None when all are."""
+    """First step whose action is not the recorded one, rounding aside; None when all are."""
 
     def estimates(self, look: int) -> np.ndarray:
         """The chunk that the policy expected at each Euler step, x_t − t·v, in its own units: float32[steps, T, D]."""
@@ -48,9 +50,13 @@ class Dissection:
         head = f"{len(self.looks)} looks, {len(self.trajectory)} steps, {outcome}: "
         if self.first_difference is None:
             return head + "all actions as recorded"
-        return (
-            head + f"another action than the recorded one at step {self.first_difference}; it was another policy "
-            "(policy.checkpoint), or policy.guidance, denoise_steps, execute or explore were others"
+        if self.first_difference > 0:
+            return (
+                head + f"actions as recorded until step {self.first_difference}, where rounding had become a difference"
+            )
+        return head + (
+            "another first action than the recorded one; it was another policy (policy.checkpoint), or "
+            "policy.guidance, denoise_steps, execute or explore were others"
         )
 
 
@@ -147,6 +153,6 @@ def _base(stage: str) -> str:
 
 def _first_difference(actions: np.ndarray, recorded: np.ndarray) -> int | None:
     for step, (here, there) in enumerate(zip(actions, recorded, strict=False)):
-        if not np.array_equal(here, there):
+        if not np.allclose(here, there, rtol=0.0, atol=_ROUNDING):
             return step
     return None if len(actions) == len(recorded) else min(len(actions), len(recorded))

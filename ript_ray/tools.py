@@ -25,9 +25,12 @@ def replay(file: str, config: Config) -> dict[str, Any]:
 
 def dissect(file: str, config: Config) -> dict[str, Any]:
     """What a policy saw, thought and did in a recorded episode, look by look, in a folder beside it."""
+    import torch
+
     from ript_ray.dissect import dissect, write_dissection
     from ript_ray.policies.checkpoints import load_policy
 
+    torch.set_num_threads(1)  # as rollout actors: more threads add in another order, and the last bits differ
     result = dissect(Path(file), load_policy(resolve(config.policy.checkpoint)), config.policy)
     folder = Path(file).with_suffix(".looks")
     write_dissection(folder, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,7 +130,7 @@ class Plan:
             for key, parts in (("scaling.learner_gpus", self.learner_gpu), ("scaling.actor_gpus", self.actor_gpu)):
                 share = sum(parts.values()) / (_GPU_SHARE * size)
                 if parts:
-                    shares[key] = min(1.0, -(-share * 100 // 1) / 100)
+                    shares[key] = min(1.0, math.ceil(100 * share) / 100)
         return {"scaling.actors": self.actors} | shares
 
     def to_json(self) -> dict[str, Any]:

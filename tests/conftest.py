@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,10 @@ from ript_ray.config import Config, ScalingConfig
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Context, Trajectory
+
+# The same examples each time: what passes here passes elsewhere. HYPOTHESIS_PROFILE=default looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 

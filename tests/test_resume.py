@@ -172,6 +172,7 @@ def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
     assert result["runs"] == result["runs_with_the_undisturbed_weights"]
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_loses_nothing_that_was_played(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")

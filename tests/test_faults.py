@@ -122,6 +122,7 @@ def test_a_faulty_simulator_costs_seconds_and_no_episode(armed: Path, fault: str
     ray.kill(actor)
 
 
+@pytest.mark.slow
 def test_a_task_that_always_fails_is_set_aside_and_the_rest_goes_on(armed: Path, tmp_path: Path) -> None:
     broken = "gymnasium/tests.faulty_worlds:Stillborn-v0"
     config = point_config(f"{broken},{HEALTHY}")  # the actor would begin with the one that crashes

@@ -79,6 +79,7 @@ def test_rare_good_rows_get_their_share_of_each_batch() -> None:
     for plenty in (np.ones(100, dtype=bool), np.zeros(100, dtype=bool)):
         expected = shuffled_batches(100, 4, 16, [1], 30)
         np.testing.assert_array_equal(batches_with_good(plenty, 0.25, 4, 16, [1], 30), expected)
+    assert batches_with_good(np.zeros(0, dtype=bool), 0.25, 4, 16, [1], 30).shape == (0, 16)
 
 
 def test_trajectories_survive_the_disk(tmp_path: Path) -> None:

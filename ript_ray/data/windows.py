@@ -141,7 +141,7 @@ def batches_with_good(
     """
     order = shuffled_batches(len(good), epochs, batch_size, seed, min_steps)
     wanted = math.ceil(share * batch_size)
-    if good.mean() * batch_size >= wanted or not good.any() or len(order) == 0:
+    if not good.any() or good.mean() * batch_size >= wanted:
         return order
     steps = len(order)
     parts = []

@@ -121,17 +121,16 @@ def train_until_it_fails(
     for reason in damaged:
         log.warning("%s; going on from update %d", reason, update)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
-        store, actors = start_rollouts(config, newest or policy, update)
+        store, actors, absent = start_rollouts(config, newest or policy, update)
         pool = spawn(SamplePool, config, name="SamplePool")
-        coordinator = spawn(
-            Coordinator, config, actors, pool, store, run_dir.resolve(), survived + damaged, name="Coordinator"
-        )
+        folder, faults = run_dir.resolve(), survived + damaged
+        coordinator = spawn(Coordinator, config, actors, pool, store, folder, faults, absent, name="Coordinator")
         survived.clear()
         learners = learner_group(config, policy, pool, store, coordinator, run_dir)
         listeners: list[Callable[[dict[str, Any]], Any]] = [
             tracker,
             Metrics(run_dir.name),
-            Gallery(coordinator, actors, run_dir),
+            Gallery(coordinator, run_dir),
             LiveReport(run_dir),
             *storage,
         ]
@@ -148,10 +147,11 @@ def train_until_it_fails(
         version, sha256 = ray.get(store.newest_version.remote(), timeout=60)
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
-        summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actors[0].renderer.remote()))
+        actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
+        summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actor.renderer.remote()))
         summary |= {"updates": version, "weights_sha256": sha256}
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
-        leave_behind(run_dir, summary, monitor.rows, actors[0], {"before": base, "after": final})
+        leave_behind(run_dir, summary, monitor.rows, actor, {"before": base, "after": final})
         acting = {"guidance": config.eval.guidance, "denoise_steps": config.policy.denoise_steps}
         try:
             tracker.artifacts(run_dir, acting)
@@ -179,9 +179,10 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     from ript_ray.evaluation import success_summary
     from ript_ray.reporting import describe_rate, versions
 
-    with players(config, run_dir) as (coordinator, actors):
+    with players(config, run_dir) as coordinator:
         outcome = ray.get(coordinator.evaluate.remote("evaluating"))
-        renderer = ray.get(actors[0].renderer.remote())
+        actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
+        renderer = ray.get(actor.renderer.remote())
     columns = {
         name: success_summary([result for result in results if result is not None])
         for name, results in outcome["results"].items()
@@ -203,7 +204,7 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     if 1.0 not in config.eval.scales:
         raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
     starts = training_starts(config.env)
-    with players(config, run_dir) as (coordinator, _):
+    with players(config, run_dir) as coordinator:
 
         def play(scale: float, episodes: range) -> list[bool]:
             contexts = [start_context(starts[i % len(starts)], config.eval.seed + i) for i in episodes]
@@ -232,7 +233,8 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     starts = training_starts(config.env)
     contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        workers = ActorPool(start_actors(RolloutActor, config.scaling, config, {}, None))
+        actors, _ = start_actors(RolloutActor, config.scaling, config, {}, None)
+        workers = ActorPool(actors)
         # One that dies starts again and makes the same demonstration.
         results = workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
         made = [ray.get(ray.put(demo)) for demo in tqdm(results, total=len(contexts), desc="demonstrations")]
@@ -298,22 +300,25 @@ def load_starting_policy(config: Config) -> Policy:
 
 
 @contextlib.contextmanager
-def players(config: Config, run_dir: Path) -> Iterator[tuple[Any, list[Any]]]:
-    """A session that plays episodes with ``policy.checkpoint`` and learns nothing: its coordinator and its actors."""
+def players(config: Config, run_dir: Path) -> Iterator[Any]:
+    """The coordinator of a session that plays episodes with ``policy.checkpoint`` and learns nothing."""
     from actors.coordinator import Coordinator
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
 
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        store, actors = start_rollouts(config, policy)
-        coordinator = spawn(Coordinator, config, actors, None, store, run_dir.resolve(), name="Coordinator")
+        store, actors, absent = start_rollouts(config, policy)
+        folder = run_dir.resolve()
+        coordinator = spawn(Coordinator, config, actors, None, store, folder, [], absent, name="Coordinator")
         with Monitor(coordinator):
-            yield coordinator, actors
+            yield coordinator
 
 
-def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[Any, list[Any]]:
-    """The weight store, with ``policy`` as its first version, and the rollout actors that pull from it."""
+def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[Any, list[Any], list[Any]]:
+    """The weight store, with ``policy`` as its first version, and the rollout actors that pull from it: those that are
+    there, and those that wait for a node with room.
+    """
     import ray
 
     from actors.rollout import RolloutActor
@@ -323,7 +328,7 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
 
     store = spawn(WeightStore, name="WeightStore")
     ray.get(store.publish.remote(version, *to_publish(policy, config.policy.precision)), timeout=60)
-    return store, start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
+    return store, *start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 
 def make_folder(folder: Path, key: str) -> None:

@@ -79,6 +79,7 @@ class Coordinator:
         run_dir: holds the journal, which is lived through first if there is one, the recorded episodes and
             ``metrics.jsonl``; None records nothing.
         survived: failures that ended earlier sessions, to be noted.
+        absent: more actors, which wait for a node with room for them and play as soon as there is one.
     """
 
     def __init__(
@@ -89,12 +90,15 @@ class Coordinator:
         store: Any,
         run_dir: Path | None = None,
         survived: Sequence[str] = (),
+        absent: Sequence[Any] = (),
     ) -> None:
         self._config = config
-        self._actors = actors
+        self._busy_groups = -(-(len(actors) + len(absent)) // config.sampling.group_size)
+        """That keep every actor busy."""
         self._pool = pool
         self._store = store
         self._journal = Journal(run_dir)
+        self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent)
         self._metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._asynchronous = config.train.mode == "async"
@@ -125,7 +129,7 @@ class Coordinator:
     def run(self) -> None:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
-        dispatcher = Dispatcher(self._actors, config.scaling, self._journal)
+        dispatcher = self._next_dispatcher()
         for step in range(config.train.updates):
             if not self._asynchronous:
                 self._enter("waiting for weights", 0)
@@ -166,7 +170,7 @@ class Coordinator:
     def _play(
         self, stage: str, contexts: list[Context], guidance: float, keep: int
     ) -> tuple[list[bool | None], dict[bool, dict[int, Any]]]:
-        dispatcher = Dispatcher(self._actors, self._config.scaling, self._journal)
+        dispatcher = self._next_dispatcher()
         position = {context: i for i, context in enumerate(contexts)}
         self._enter(stage, len(contexts))
         for context in contexts:
@@ -214,6 +218,10 @@ class Coordinator:
         with self._lock:
             return {success: (step + 1, [reference]) for success, (step, reference) in self._newest.items()}
 
+    def present(self) -> list[Any]:
+        """Handles of the rollout actors that are there now."""
+        return self._dispatcher.there
+
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
         totals = self._totals
@@ -250,6 +258,12 @@ class Coordinator:
             self._finished[stage] = done / expected
             if not self._stage.endswith("rollouts"):
                 self._stage, self._done, self._expected = stage, done, expected
+
+    def _next_dispatcher(self) -> Dispatcher:
+        """For the next stage, with the actors that are there now."""
+        last = self._dispatcher
+        self._dispatcher = Dispatcher(last.there, self._config.scaling, self._journal, last.absent)
+        return self._dispatcher
 
     def _collect(self, step: int, dispatcher: Dispatcher) -> bool:
         """Roll groups out until enough were accepted or a budget is spent; cancel the surplus.
@@ -311,7 +325,6 @@ class Coordinator:
         In ``async`` mode that is whenever an actor has nothing to do, which the journal has to tell a resumed run.
         """
         config = self._config.sampling
-        busy = -(-len(self._actors) // config.group_size)
         while now.opened < config.max_groups:
             wanted = len(now.groups) < config.groups - now.accepted
             if self._journal.replaying and self._asynchronous:
@@ -321,7 +334,7 @@ class Coordinator:
                 if not (wanted or dispatcher.starving) or not self._may_open(now.step):
                     break
                 self._journal.opened()
-            elif not wanted and len(now.groups) >= busy:
+            elif not wanted and len(now.groups) >= self._busy_groups:
                 break
             group = self._sampler.next_group()
             now.open(group)

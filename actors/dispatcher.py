@@ -1,18 +1,20 @@
 """Who plays which episode: one in flight per actor, and actors that die or hang are replaced.
 
-What the journal of the run already holds is not played again.
+What the journal of the run already holds is not played again. A trajectory counts once it is on this node, since the
+node that made it may leave.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.experimental import get_local_object_locations
 
 from actors.journal import Journal, recorded_report
 from ript_ray.config import ScalingConfig
@@ -60,22 +62,30 @@ class Dispatcher:
 
     Args:
         actors: handles of `RolloutActor`.
+        absent: others that are not there yet, or not there any more; they play as soon as they are.
         scaling: its ``episode_timeout_s`` limits one episode, its ``wait_timeout_s`` the wait for lost actors when none
             is left.
         journal: where outcomes are noted before they are handed on; none by default.
     """
 
-    def __init__(self, actors: list[Any], scaling: ScalingConfig, journal: Journal | None = None) -> None:
-        self._actors = actors
+    def __init__(
+        self, actors: Iterable[Any], scaling: ScalingConfig, journal: Journal | None = None, absent: Iterable[Any] = ()
+    ) -> None:
+        self.there = list(actors)
+        """Actors that play, render, or have nothing to do."""
         self._journal = journal or Journal(None)
-        self._idle = deque(actors)
+        self._idle = deque(self.there)
         self._at: dict[Any, str] = {}
         """The task that an actor is at."""
         self._rendering: dict[Any, Any] = {}
         """Reference of the last frames that an actor is to make; it gets no episode before they are made."""
-        self._lost: dict[Any, tuple[Any, Episode]] = {}
-        """Actors that died, and in what, by the reference of a call that returns when Ray has started them again."""
-        self._alive_at = time.monotonic()
+        self._absent: dict[Any, tuple[Any, Episode | None]] = {}
+        """Actors that are not there, and the episode in which they died, by the reference of a call that returns when
+        Ray has started them."""
+        for actor in absent:
+            self._expect(actor, None)
+        self._nobody_since: float | None = None
+        """Since when nobody plays."""
         self._timeout_s = scaling.episode_timeout_s
         self._restart_timeout_s = scaling.wait_timeout_s
         self._queue: deque[Episode] = deque()
@@ -113,6 +123,11 @@ class Dispatcher:
         return len(self._queue) + len(self._running) + len(self._finished)
 
     @property
+    def absent(self) -> list[Any]:
+        """Actors that are not there."""
+        return [actor for actor, _ in self._absent.values()]
+
+    @property
     def starving(self) -> bool:
         """Is there an actor that nothing is left to do for?"""
         return not self._queue and any(actor not in self._rendering for actor in self._idle)
@@ -123,9 +138,10 @@ class Dispatcher:
         Rendering again gives the same, so the work of an actor that is lost is simply repeated.
         """
         references = []
+        there = self.there or self.absent
         for turn, job in enumerate(jobs):
-            there = [actor for actor in self._actors if self._at.get(actor) == job.env_id] or self._actors
-            actor = there[turn % len(there)]
+            fit = [actor for actor in there if self._at.get(actor) == job.env_id] or there
+            actor = fit[turn % len(fit)]
             reference = actor.render.options(max_task_retries=_RENDER_RETRIES).remote(job)
             self._rendering[actor], self._at[actor] = reference, job.env_id
             references.append(reference)
@@ -153,16 +169,16 @@ class Dispatcher:
 
     def _wait(self) -> None:
         """Wait a second for whatever comes first, and deal with it."""
-        done, _ = ray.wait([*self._running, *self._lost, *self._rendering.values()], timeout=1.0)
+        done, _ = ray.wait([*self._running, *self._absent, *self._rendering.values()], timeout=1.0)
         for reference in done:
-            if reference in self._lost:
-                self._welcome_back(reference)
+            if reference in self._absent:
+                self._welcome(reference)
             if reference not in self._running:
                 continue
             actor, trajectory_ref, episode = self._running.pop(reference)
             try:
                 report = ray.get(reference, timeout=self._timeout_s)
-                self._finished.append(Outcome(episode, report, trajectory_ref))
+                self._finished.append(Outcome(episode, report, self._bring_here(trajectory_ref)))
                 self._idle.append(actor)
             except RayTaskError as error:  # first: it is also of the kind of its cause
                 if isinstance(error.cause, (RayError, OSError)):
@@ -171,10 +187,8 @@ class Dispatcher:
                     ) from error
                 self._idle.append(actor)
                 self._retry(episode, error)
-            except RayActorError as error:
-                # Ray starts it again; until then each call would fail at once. This one is repeated till it is up.
-                self._lost[actor.awake.options(max_task_retries=-1).remote()] = actor, episode
-                self._at.pop(actor, None)
+            except (RayActorError, ObjectLostError) as error:
+                self._expect(actor, episode)
                 self._retry(episode, error)
         self._end_overdue()
         self._start()
@@ -196,21 +210,44 @@ class Dispatcher:
             return Outcome(episode, None, reason=entry["reason"])
         return Outcome(episode, recorded_report(entry, episode.context))
 
-    def _welcome_back(self, reference: Any) -> None:
-        actor, episode = self._lost.pop(reference)
+    def _bring_here(self, trajectory: Any) -> Any:
+        """The reference of a copy on this node, if there is none yet.
+
+        Raises:
+            ObjectLostError: when it was made on a node that has left in the meantime.
+        """
+        nodes = get_local_object_locations([trajectory]).get(trajectory, {}).get("node_ids")
+        if (
+            not nodes or ray.get_runtime_context().get_node_id() in nodes
+        ):  # small ones are with their owner, this process
+            return trajectory
+        return ray.put(ray.get(trajectory, timeout=self._timeout_s))
+
+    def _expect(self, actor: Any, died_in: Episode | None) -> None:
+        """Until Ray has started an actor each call would fail at once; this one is repeated till it is there."""
+        self._absent[actor.awake.options(max_task_retries=-1).remote()] = actor, died_in
+        self._at.pop(actor, None)
+        if actor in self.there:
+            self.there.remove(actor)
+
+    def _welcome(self, reference: Any) -> None:
+        actor, episode = self._absent.pop(reference)
         try:
             reason = ray.get(reference, timeout=self._timeout_s)
-            if reason:
+            if reason and episode is not None:
                 self._reasons[episode.context] = reason
                 self._survived(f"{episode.context}: {reason}")
             self._idle.append(actor)
+            self.there.append(actor)
         except RayActorError as error:  # it cannot be started again; the others go on
             self._survived(f"a rollout actor is gone for good: {error}")
 
     def _check_that_somebody_plays(self) -> None:
         if self._running or self._rendering:
-            self._alive_at = time.monotonic()
-        elif not self._lost or time.monotonic() > self._alive_at + self._restart_timeout_s:
+            self._nobody_since = None
+            return
+        self._nobody_since = self._nobody_since or time.monotonic()
+        if not self._absent or time.monotonic() > self._nobody_since + self._restart_timeout_s:
             last = self.errors[-1] if self.errors else "none"
             raise RuntimeError(f"no rollout actor is left to play {self.outstanding} episodes; last error: {last}")
 

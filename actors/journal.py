@@ -143,5 +143,11 @@ def read_journal(run_dir: Path) -> list[dict[str, Any]]:
 
 def work_done(run_dir: Path) -> int:
     """Outcomes that the journal holds, and updates."""
-    outcomes = sum(entry["kind"] in ("played", "collected") for entry in read_journal(run_dir))
-    return outcomes + len(list((run_dir / "checkpoints").glob("[0-9]*")))
+    return journal_holds(run_dir, "played", "collected") + len(list((run_dir / "checkpoints").glob("[0-9]*")))
+
+
+def journal_holds(run_dir: Path, *kinds: str) -> int:
+    """How many entries of these kinds there are, whole or not: for those who ask often."""
+    file = run_dir / _NAME
+    text = file.read_bytes() if file.exists() else b""
+    return sum(text.count(b'{"kind": "%s"' % kind.encode()) for kind in kinds)

@@ -66,14 +66,18 @@ class Job:
             UserError: when there is none.
         """
         self.wait(self.has_ended, timeout_s)
-        if not self.has_ended():
-            self._process.terminate()
-            self._process.wait(timeout=TIMEOUT_S)
+        self.stop()
         if self.result is None:
             raise UserError(
                 f"the job failed, or did not finish within bench.job_timeout_s; see {self.folder / 'run.log'}"
             )
         return self.result
+
+    def stop(self) -> None:
+        """End it if it has not ended."""
+        if not self.has_ended():
+            self._process.terminate()
+            self._process.wait(timeout=TIMEOUT_S)
 
     def has_ended(self) -> bool:
         """Has the driver ended, one way or the other?"""
@@ -84,10 +88,10 @@ class Job:
         self._process = _launch("train", "--resume", str(self.folder))
 
     def find(self, title: str) -> int | None:
-        """A process of the job with this title."""
+        """A process with this title, of the job or of the cluster that this process has made for it."""
         if not title:
             return self.pid
-        for child in psutil.Process(self.pid).children(recursive=True):
+        for child in psutil.Process().children(recursive=True):
             try:
                 if title in " ".join(child.cmdline()):
                     return int(child.pid)

@@ -125,7 +125,7 @@ def measure(config: Config) -> dict[str, Any]:
     done = {(run["objective"], run["seed"]) for run in result["runs"]}
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store = spawn(WeightStore, name="WeightStore")
-        actors = start_actors(RolloutActor, config.scaling, config, start.describe(), "WeightStore")
+        actors, _ = start_actors(RolloutActor, config.scaling, config, start.describe(), "WeightStore")
         players = _Players(config, actors, store)
         result["versions"] = versions(ray.get(actors[0].renderer.remote()))
         players.adopt(start)

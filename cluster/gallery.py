@@ -21,14 +21,12 @@ class Gallery:
     """Films one failure and one success of each update, while the learner trains, and keeps the newest.
 
     Args:
-        coordinator: handle of a `Coordinator`, which knows the newest rollouts.
-        actors: handles of `RolloutActor`; one of them films.
+        coordinator: handle of a `Coordinator`, which knows the newest rollouts, and who can film.
         run_dir: the videos go into its ``videos`` folder.
     """
 
-    def __init__(self, coordinator: Any, actors: list[Any], run_dir: Path) -> None:
+    def __init__(self, coordinator: Any, run_dir: Path) -> None:
         self._coordinator = coordinator
-        self._actors = actors
         self._folder = run_dir / VIDEOS
         captions = self._folder / CAPTIONS
         self._captions: list[dict[str, Any]] = json.loads(captions.read_text())[::-1] if captions.exists() else []
@@ -40,12 +38,12 @@ class Gallery:
         self._folder.mkdir(exist_ok=True)
         update = row["update"]
         newest = ray.get(self._coordinator.newest.remote(), timeout=_TIMEOUT_S)
-        actor = self._actors[update % len(self._actors)]
+        actors = ray.get(self._coordinator.present.remote(), timeout=_TIMEOUT_S)
         for success, (at, (reference,)) in newest.items():
             if at != update:
                 continue
             name = f"{update:05d}-{'success' if success else 'failure'}.mp4"
-            frames = ray.get(actor.film.remote(reference, _EVERY, _SIZE), timeout=_TIMEOUT_S)
+            frames = ray.get(actors[update % len(actors)].film.remote(reference, _EVERY, _SIZE), timeout=_TIMEOUT_S)
             write_video(self._folder / name, frames, _FRAMES_PER_SECOND)
             instruction = ray.get(reference, timeout=_TIMEOUT_S).instruction
             caption = {"file": f"{VIDEOS}/{name}", "update": update, "success": success, "instruction": instruction}

@@ -47,14 +47,15 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """The processes of a job that reserve something."""
+    """The processes that a job cannot begin without and that reserve something."""
 
     workers: tuple[Workers, ...]
 
     @classmethod
     def of(cls, scaling: ScalingConfig, learners: bool = True, jobs: int = 1) -> ResourcePlan:
         """The plan of so many jobs of a configuration; without ``learners`` when they only play episodes."""
-        actors = Workers("actors", jobs * scaling.actors, scaling.actor_cpus, scaling.actor_gpus, scaling.actor_labels)
+        needed = jobs * scaling.needed_actors
+        actors = Workers("actors", needed, scaling.actor_cpus, scaling.actor_gpus, scaling.actor_labels)
         group = Workers(
             "learners", jobs * scaling.learners, scaling.learner_cpus, scaling.learner_gpus, scaling.learner_labels
         )
@@ -149,8 +150,11 @@ def spawn(actor_class: Any, *args: Any, name: str | None = None) -> Any:
     return actor_class.options(name=name, scheduling_strategy=here).remote(*args)
 
 
-def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[Any]:
-    """One actor per index, with its share of CPUs and GPUs; ready when this returns.
+def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> tuple[list[Any], list[Any]]:
+    """One actor per index, with its share of CPUs and GPUs.
+
+    Returns:
+        The actors that are ready, at least ``scaling.min_actors`` of them, and those that wait for a node with room.
 
     Raises:
         UserError: when an actor cannot start; the message says why.
@@ -165,18 +169,19 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> list[A
         ).remote(i, *args)
         for i in range(scaling.actors)
     ]
+    # An actor whose task crashes when it is made starts again without it.
+    awake = {actor.awake.options(max_task_retries=3).remote(): actor for actor in actors}
+    ready, waiting = ray.wait(list(awake), num_returns=scaling.needed_actors, timeout=scaling.wait_timeout_s)
+    if len(ready) < scaling.needed_actors:
+        raise UserError(
+            f"scaling.wait_timeout_s={scaling.wait_timeout_s:g}: {len(ready)} of {scaling.needed_actors} rollout "
+            "actors started within it; see what is taken and by whom: ray status, ray list actors"
+        )
     try:
-        # An actor whose task crashes when it is made starts again without it.
-        awake = [actor.awake.options(max_task_retries=3).remote() for actor in actors]
-        ray.get(awake, timeout=scaling.wait_timeout_s)
+        ray.get(ready, timeout=scaling.wait_timeout_s)
     except ray.exceptions.RayActorError as error:
         raise UserError(f"a rollout actor could not start:\n{error}") from error
-    except ray.exceptions.GetTimeoutError as error:
-        raise UserError(
-            f"scaling.wait_timeout_s={scaling.wait_timeout_s:g}: not all of {scaling.actors} rollout actors started "
-            "within it; see what is taken and by whom: ray status, ray list actors"
-        ) from error
-    return actors
+    return [awake[reference] for reference in ready], [awake[reference] for reference in waiting]
 
 
 def node_of(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:

@@ -257,6 +257,8 @@ class ScalingConfig(_Section):
     """Without Ray the whole loop runs in one process, for debugging: the same results as one actor and one learner."""
     actors: int = Field(default=2, ge=0)
     """Rollout actors, each with one environment and one policy copy; 0: as many as fit on this machine."""
+    min_actors: int | None = Field(default=None, ge=1)
+    """Begin with so many of them; the others play as soon as nodes with room join the cluster. All by default."""
     learners: int = Field(default=1, ge=0)
     """Learner workers; 0 runs the learner in the driver process, for debugging."""
     actor_cpus: float = Field(default=0.5, gt=0.0)
@@ -285,6 +287,11 @@ class ScalingConfig(_Section):
     """How often all processes start again after a failure, while nothing new is played or learnt in between."""
     wait_timeout_s: float = Field(default=1800.0, gt=0.0)
     """Longest wait between processes (for samples, for weights) before the run ends with an error."""
+
+    @property
+    def needed_actors(self) -> int:
+        """Rollout actors that a job cannot begin without."""
+        return self.actors if self.min_actors is None else self.min_actors
 
 
 class DemosConfig(_Section):
@@ -437,6 +444,14 @@ class Config(_Section):
             raise ValueError(
                 f"train.lead={self.train.lead} is more than train.max_staleness={self.train.max_staleness}; "
                 "what is collected so far ahead would never be trained on"
+            )
+        scaling = self.scaling
+        if scaling.min_actors is not None and scaling.min_actors > scaling.actors:
+            raise ValueError(f"scaling.min_actors={scaling.min_actors} is more than scaling.actors={scaling.actors}")
+        if scaling.min_actors is not None and not (scaling.actor_labels and scaling.learner_labels):
+            raise ValueError(
+                f"scaling.min_actors={scaling.min_actors} without scaling.actor_labels and scaling.learner_labels: "
+                "actors that wait for room could take the learners'; say which nodes are whose"
             )
         if not self.scaling.ray and self.train.mode != "sync":
             raise ValueError("scaling.ray=false with train.mode=async: one process can only collect and learn in turn")

@@ -35,6 +35,8 @@ def test_overrides_are_typed() -> None:
         ("objective.clip=symmetric", ["objective.clip=symmetric", "objective.name=cfg", "advantage_weighted"]),
         ("objective.name=nft", ["train.restart=true", "set train.restart=false train.max_staleness=0"]),
         ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
+        ("scaling.min_actors=3", ["scaling.min_actors=3", "scaling.actors=2"]),
+        ("scaling.min_actors=1", ["scaling.min_actors=1 without scaling.actor_labels", "which nodes are whose"]),
     ],
 )
 def test_a_mistake_is_named_with_what_was_expected(override: str, parts: list[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from test_faults import point_policy
 
 from actors.journal import read_journal
+from benchmarks.faults import CLUSTER_FAULTS, FAULTS
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import newest_policy, save_policy
 
@@ -63,13 +64,17 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def stop_when(process: subprocess.Popen[str], run: Path, state: State, how: signal.Signals) -> None:
-    """Send a signal as soon as the files of a run are in a state."""
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
-    while not state(run):
+    while not reached():
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def stop_when(process: subprocess.Popen[str], run: Path, state: State, how: signal.Signals) -> None:
+    """Send a signal as soon as the files of a run are in a state."""
+    wait_until(process, lambda: state(run))
     os.kill(process.pid, how)
     process.communicate(timeout=120)
 
@@ -163,11 +168,12 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(checkpoint: Path, undisturb
 @pytest.mark.slow
 def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
     file = tmp_path / "faults.json"
-    arguments = ["bench", "faults", "--config", "configs/faults.yaml", "bench.injections=9"]
+    kinds = len(FAULTS | CLUSTER_FAULTS)
+    arguments = ["bench", "faults", "--config", "configs/faults.yaml", f"bench.injections={kinds}"]
     command = [sys.executable, "launch.py", *arguments, f"run.dir={tmp_path / 'runs'}", "--json", str(file)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
     result = json.loads(file.read_text())
-    assert len(result["table"]) == result["injected"] == result["survived"] == 9
+    assert len(result["table"]) == result["injected"] == result["survived"] == kinds
     assert result["trajectories_lost"] == 0
     assert result["runs"] == result["runs_with_the_undisturbed_weights"]
 

@@ -1,0 +1,67 @@
+"""A run on nodes that come and go: none of their processes is asked, they are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from test_resume import ROOT, SETTINGS, finish, start, wait_until
+
+from actors.journal import journal_holds, read_journal
+from benchmarks.nodes import Nodes
+from ript_ray.config import load_config, save_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    found = Nodes()
+    yield found
+    found.close()
+
+
+def rollout_actors() -> int:
+    """How many have a process in the cluster."""
+    count = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            count += "ray::RolloutActor" in " ".join(child.cmdline())
+    return count
+
+
+def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(
+    nodes: Nodes, point_start: Path, tmp_path: Path
+) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.actors=3", "data.windows=all"]
+    settings += ["scaling.learner_cpus=0.5"]
+    alone = tmp_path / "alone"
+    finish(start(*settings, f"run.dir={alone}", "scaling.ray=false"))
+
+    run = tmp_path / "run"
+    config = nodes.placed(load_config(ROOT / "configs/default.yaml", [*settings, f"run.dir={run}"]))
+    few = config.scaling.model_copy(update={"min_actors": 2})  # of three with half a CPU each, one finds no room
+    save_config(config.model_copy(update={"scaling": few}), tmp_path / "config.yaml")
+    process = start("--config", str(tmp_path / "config.yaml"))
+    wait_until(process, lambda: journal_holds(run, "played") >= 6)
+    nodes.leave("rollout")
+    nodes.join("rollout")
+    after = journal_holds(run, "played")
+    wait_until(process, lambda: journal_holds(run, "played") >= after + 6)
+    assert rollout_actors() == 2
+    nodes.join("rollout")
+    wait_until(process, lambda: rollout_actors() == 3)
+    finish(process)
+
+    numbers = [entry["number"] for entry in read_journal(run) if entry["kind"] == "played"]
+    assert len(numbers) == len(set(numbers))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["sessions"] == 1
+    assert 1 <= len(summary["errors"]) <= 4, summary["errors"]
+    expected = json.loads((alone / "summary.json").read_text())
+    assert summary["weights_sha256"] == expected["weights_sha256"]
+    assert summary["evaluation"] == expected["evaluation"]

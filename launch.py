@@ -100,7 +100,7 @@ def train_until_it_fails(
         run_dir: of the run, new or not.
         tracker: takes metrics and files.
         storage: what keeps the run's files elsewhere, too.
-        survived: failures of earlier sessions, to be noted.
+        survived: failures of earlier sessions, to be noted; takes those of this one that the next has to note.
     """
     import ray
 
@@ -134,7 +134,8 @@ def train_until_it_fails(
             LiveReport(run_dir),
             *storage,
         ]
-        with Monitor(coordinator, listeners) as monitor:
+        others = {"SamplePool": pool, "WeightStore": store}
+        with Monitor(coordinator, config.scaling, listeners, others, survived) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
@@ -148,7 +149,9 @@ def train_until_it_fails(
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
         actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
-        summary = summarise(config, base, final, totals, counts, monitor.rows, ray.get(actor.renderer.remote()))
+        summary = summarise(
+            config, base, final, totals, counts, monitor.rows, ray.get(actor.renderer.remote(), timeout=60)
+        )
         summary |= {"updates": version, "weights_sha256": sha256}
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actor, {"before": base, "after": final})
@@ -182,7 +185,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     with players(config, run_dir) as coordinator:
         outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
-        renderer = ray.get(actor.renderer.remote())
+        renderer = ray.get(actor.renderer.remote(), timeout=60)
     columns = {
         name: success_summary([result for result in results if result is not None])
         for name, results in outcome["results"].items()
@@ -311,7 +314,7 @@ def players(config: Config, run_dir: Path) -> Iterator[Any]:
         store, actors, absent = start_rollouts(config, policy)
         folder = run_dir.resolve()
         coordinator = spawn(Coordinator, config, actors, None, store, folder, [], absent, name="Coordinator")
-        with Monitor(coordinator):
+        with Monitor(coordinator, config.scaling):
             yield coordinator
 
 

@@ -13,11 +13,10 @@ import numpy as np
 import ray
 import torch
 
+from actors.weights import PolicyCopy
 from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
-from ript_ray.policies.checkpoints import build_policy, from_published
-from ript_ray.policies.policy import Policy
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
@@ -43,15 +42,12 @@ class RolloutActor:
         torch.set_num_threads(1)
         self._index = index
         self._config = config
-        self._description = description
-        # By name: a handle among the arguments could be gone when Ray starts this actor again.
-        self._store = ray.get_actor(store) if store else None
         name = f"ript_ray-{ray.get_runtime_context().get_actor_id()}.end"
         self._watchdog = Watchdog(Path(tempfile.gettempdir()) / name, 1e3 * config.scaling.actor_memory_gb)
         self._world: World | None = None
-        self._device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
-        self._policy: Policy | None = None
-        self._version = -1
+        device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
+        limit = config.scaling.wait_timeout_s
+        self._policy = PolicyCopy(store, description, device, limit) if store is not None else None
         choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
         ids = config.env.ids
         # At the first start mistakes should show at once. Later, a task that crashes must not take the others with it.
@@ -68,8 +64,10 @@ class RolloutActor:
         from ript_ray.data.storage import save_episode
         from ript_ray.rollout import play
 
+        if self._policy is None:
+            raise RuntimeError("this actor was started without a weight store")
         started = time.perf_counter()
-        policy = self._pull()
+        policy = self._policy.pull()
         waited = time.perf_counter() - started
         world = self._enter(context.env_id)
         frames = world.frames_rendered
@@ -77,7 +75,7 @@ class RolloutActor:
             world,
             policy,
             context,
-            policy_version=self._version,
+            policy_version=self._policy.version,
             execute=self._config.policy.execute,
             denoise_steps=self._config.policy.denoise_steps,
             guidance=guidance,
@@ -137,19 +135,3 @@ class RolloutActor:
         world.guard = partial(self._watchdog.guard, limit_s=self._config.scaling.hang_timeout_s)
         self._world = world
         return world
-
-    def _pull(self) -> Policy:
-        """Adopt newer weights if there are any. CPU parameters are views into the node's shared object."""
-        if self._store is None:
-            raise RuntimeError("this actor was started without a weight store")
-        found = ray.get(self._store.newest.remote(self._version), timeout=self._config.scaling.wait_timeout_s)
-        if found is not None:
-            version, (reference,) = found
-            arrays = ray.get(reference, timeout=self._config.scaling.wait_timeout_s)
-            weights = from_published(arrays)
-            self._policy = build_policy(self._description, weights, share=True).to(self._device)
-            self._policy.requires_grad_(False)
-            self._version = version
-        if self._policy is None:
-            raise RuntimeError("no weights were published before the first episode")
-        return self._policy

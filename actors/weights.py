@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
+
+from ript_ray.policies.checkpoints import build_policy, from_published
+from ript_ray.policies.policy import Policy
 
 WeightArrays = dict[str, np.ndarray]
 
@@ -56,3 +60,34 @@ class WeightStore:
         """Number and fingerprint of the newest weights."""
         version = max(self._objects)
         return version, self._sha256[version]
+
+
+class PolicyCopy:
+    """An inference-only copy of a policy that follows a weight store; on a CPU it is the node's shared object itself.
+
+    Args:
+        store: name of the `WeightStore`. A handle could be gone when Ray starts the actor that has this copy again.
+        description: of the policy, see `build_policy`.
+        device: where it acts.
+        timeout_s: longest wait for weights.
+    """
+
+    def __init__(self, store: str, description: dict[str, Any], device: torch.device, timeout_s: float) -> None:
+        self._store = ray.get_actor(store)
+        self._description = description
+        self._device = device
+        self._timeout_s = timeout_s
+        self._policy: Policy | None = None
+        self.version = -1
+
+    def pull(self) -> Policy:
+        """The policy, with newer weights if there are any."""
+        found = ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)
+        if found is not None:
+            self.version, (reference,) = found
+            weights = from_published(ray.get(reference, timeout=self._timeout_s))
+            self._policy = build_policy(self._description, weights, share=True).to(self._device)
+            self._policy.requires_grad_(False)
+        if self._policy is None:
+            raise RuntimeError("no weights were published before the first episode")
+        return self._policy

@@ -17,7 +17,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    from benchmarks import asynchrony, control, env, faults, learner, objectives, policy, scaling, soak
+    from benchmarks import asynchrony, control, env, faults, learner, objectives, policy, scaling, soak, weights
 
     benchmarks = {
         "async": asynchrony.measure,
@@ -30,6 +30,7 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
         "policy": policy.measure,
         "scaling": scaling.measure,
         "soak": soak.measure,
+        "weights": weights.measure,
     }
     if len(subjects) != 1 or subjects[0] not in benchmarks:
         given = " ".join(subjects)

@@ -38,6 +38,10 @@ def _terminate(pid: int, nodes: Nodes | None) -> None:
     os.kill(pid, signal.SIGTERM)
 
 
+def _hang(pid: int, nodes: Nodes | None) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
 def _refuse_writes(pid: int, nodes: Nodes | None) -> None:
     """From now on no file that the process writes can grow, as if the disk were full."""
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -81,6 +85,12 @@ FAULTS = {
     "train controller killed": _Fault("ray::TrainController"),
     "coordinator killed": _Fault("ray::Coordinator"),
     "raylet killed": _Fault("raylet/raylet"),
+    "rollout actor hangs": _Fault("ray::RolloutActor", _hang),
+    "sample pool hangs": _Fault("ray::SamplePool", _hang),
+    "learner hangs": _Fault("ray::RayTrainWorker", _hang),
+    "weight store hangs": _Fault("ray::WeightStore", _hang),
+    "train controller hangs": _Fault("ray::TrainController", _hang),
+    "coordinator hangs": _Fault("ray::Coordinator", _hang),
     "driver killed": _Fault(""),
     "driver terminated": _Fault("", _terminate),
 }

@@ -121,7 +121,7 @@ def make_trajectories(count: int, image_size: int) -> list[Trajectory]:
     ]
 
 
-def make_policy(image_size: int) -> FlowPolicy:
+def make_policy(image_size: int, sizes: FlowConfig | None = None) -> FlowPolicy:
     """A small policy with random weights."""
     torch.manual_seed(0)
     transform = Transform(
@@ -132,7 +132,7 @@ def make_policy(image_size: int) -> FlowPolicy:
         relative=(False,) * 7,
         image_size=image_size,
     )
-    return FlowPolicy(FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
+    return FlowPolicy(sizes or FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
 
 
 def _plain_loop(config: Config, trajectories: list[Trajectory]) -> list[float]:

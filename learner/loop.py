@@ -55,6 +55,7 @@ def learner_group(
     folder = str(run_dir.resolve())
     scaling = config.scaling
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's Train tab is empty otherwise
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.heartbeat_timeout_s)  # ten minutes otherwise
     return TorchTrainer(
         train_loop,
         train_loop_config={

@@ -285,8 +285,11 @@ class ScalingConfig(_Section):
     """An actor that takes longer for one episode is killed and started again."""
     max_restarts: int = Field(default=2, ge=0)
     """How often all processes start again after a failure, while nothing new is played or learnt in between."""
+    heartbeat_timeout_s: float = Field(default=60.0, gt=0.0)
+    """Coordinator, sample pool, weight store and learners that do not answer for so long are killed and replaced."""
     wait_timeout_s: float = Field(default=1800.0, gt=0.0)
-    """Longest wait between processes (for samples, for weights) before the run ends with an error."""
+    """Longest wait between processes (for samples, for weights), and longest time in which nothing is played or learnt,
+    before all start again or the run ends with an error."""
 
     @property
     def needed_actors(self) -> int:

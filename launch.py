@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shutil
 import signal
 import sys
 import time
@@ -50,6 +51,7 @@ log = logging.getLogger("ript_ray")
 
 COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+_NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
 def train(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -80,6 +82,11 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
             except UserError:
                 raise
             except Exception as error:
+                if any(words in str(error) for words in _NO_ROOM):
+                    free = {folder: shutil.disk_usage(folder).free // 10**6 for folder in (run_dir, "/tmp")}
+                    rooms = ", ".join(f"{folder} has {room} MB" for folder, room in free.items())
+                    log.exception("a disk is full")
+                    raise UserError(f"a disk is full ({rooms}); make room, and go on") from error
                 restarts = restarts + 1 if work_done(run_dir) == before else 1
                 if restarts > config.scaling.max_restarts:
                     raise

@@ -80,6 +80,7 @@ FAULTS = {
     "sample pool killed": _Fault("ray::SamplePool"),
     "learner killed": _Fault("ray::RayTrainWorker"),
     "disk full during a checkpoint": _Fault("ray::RayTrainWorker", _refuse_writes),
+    "disk full for an episode": _Fault("ray::RolloutActor", _refuse_writes),
     "disk full for the journal": _Fault("ray::Coordinator", _refuse_writes),
     "weight store killed": _Fault("ray::WeightStore"),
     "train controller killed": _Fault("ray::TrainController"),

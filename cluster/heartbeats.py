@@ -14,20 +14,20 @@ class Heartbeats:
 
     Args:
         actors: handles by name; each must be able to answer while it works.
-        limit_s: one that takes longer is killed.
+        limit_s: one that takes longer is killed, unless it is still starting.
     """
 
     def __init__(self, actors: Mapping[str, Any], limit_s: float) -> None:
         self._actors = dict(actors)
         self._limit_s = limit_s
-        self._asked: dict[str, tuple[Any, float]] = {}
+        self._asked = {name: (actor.__ray_ready__.remote(), float("inf")) for name, actor in actors.items()}
 
     def check(self) -> list[str]:
         """Ask those that answered last time again; what is said of those that were killed now."""
         faults = []
         for name, actor in list(self._actors.items()):
-            reference, asked = self._asked.get(name, (None, 0.0))
-            if reference is None or ray.wait([reference], timeout=0)[0]:
+            reference, asked = self._asked[name]
+            if ray.wait([reference], timeout=0)[0]:
                 self._asked[name] = actor.__ray_ready__.remote(), time.monotonic()
             elif time.monotonic() - asked > self._limit_s:
                 ray.kill(actor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_trajectory
 from test_faults import point_policy
 
 from actors.journal import read_journal
 from benchmarks.faults import CLUSTER_FAULTS, FAULTS
+from ript_ray.data.storage import save_episode
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import newest_policy, save_policy
+from ript_ray.types import EpisodeRecord
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("time", "seconds", "busy_s", "idle_s", "wait_s", "physics_s", "render_s", "inference_s", "memory_mb")
@@ -199,6 +203,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert len(damaged) == 1
     assert "0002" in damaged[0]
     assert "sha256 is not the one that was written" in damaged[0]
+
+
+def test_a_disk_that_is_full_is_the_disks_fault_and_leaves_what_was_there(tmp_path: Path) -> None:
+    trajectory = make_trajectory()
+    file = tmp_path / "000000.safetensors"
+    save_episode(file, EpisodeRecord.of(trajectory, 60), trajectory)
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"000000.safetensors cannot be written: .*File too large"):
+            save_episode(file, EpisodeRecord.of(trajectory, 60), trajectory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
 
 
 def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:

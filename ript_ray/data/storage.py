@@ -24,7 +24,11 @@ _RECORD_ARRAYS = ("actions", "state_hashes")
 
 
 def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dict[str, object]) -> None:
-    """Write trajectories and a JSON description of how they were made to one file, complete or not at all."""
+    """Write trajectories and a JSON description of how they were made to one file, complete or not at all.
+
+    Raises:
+        OSError: when the disk does not take it.
+    """
     tensors: dict[str, np.ndarray] = {}
     records = []
     for i, trajectory in enumerate(trajectories):
@@ -43,6 +47,9 @@ def save_episode(path: Path, record: EpisodeRecord, trajectory: Trajectory | Non
         path: of the file.
         record: what it takes to play it again.
         trajectory: all of it, to be trained on after a restart; some hundred kilobytes.
+
+    Raises:
+        OSError: when the disk does not take it.
     """
     plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in _RECORD_ARRAYS}
     about = plain | {"context": asdict(record.context), "versions": simulator_versions()}
@@ -120,7 +127,10 @@ def _unpack(tensors: dict[str, np.ndarray], prefix: str, plain: dict[str, Any]) 
 def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
-    save_file(tensors, staging, metadata=metadata | {_DIGEST: _digest(tensors, metadata)})
+    try:
+        save_file(tensors, staging, metadata=metadata | {_DIGEST: _digest(tensors, metadata)})
+    except SafetensorError as error:  # of its own kind, although it is the disk that refuses
+        raise OSError(f"{path} cannot be written: {error}") from error
     staging.replace(path)
 
 

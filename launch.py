@@ -18,7 +18,7 @@
     python launch.py report RUN_DIR              its page, as one file
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
     python launch.py dissect EPISODE             what the policy saw, thought and did in it, look by look
-    python launch.py bench env|learner|memory|policy|control|scaling   measured speed, as ratios
+    python launch.py bench env|learner|memory|weights|policy|control|scaling   measured speed, as ratios
     python launch.py bench objectives            objectives on equal footing
 
 Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.

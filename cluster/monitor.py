@@ -56,6 +56,7 @@ class Monitor:
         self._collecting: Any = None
         self._pool: Any = None
         self._failure: Exception | None = None
+        self._stalled: TimeoutError | None = None
         self._last: tuple[Any, ...] = ()
         self._moved = time.monotonic()
         """When something was played or learnt last."""
@@ -64,16 +65,19 @@ class Monitor:
         self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
 
     def __enter__(self) -> Monitor:
-        self._before = signal.signal(_INTERRUPT, self._raise)
+        self._before = signal.signal(_INTERRUPT, self._interrupt)
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
-        signal.signal(_INTERRUPT, self._before)
         self._thread.join(timeout=30)
+        if not self._thread.is_alive():  # without a handler its signal would end this process
+            signal.signal(_INTERRUPT, self._before)
         self._poll()
         self._bar.close()
+        if kind is KeyboardInterrupt and self._stalled is not None:
+            raise self._stalled
 
     def watch(self, collecting: Any, pool: Any) -> None:
         """End the learners when the collection of samples fails, instead of letting them wait for it."""
@@ -84,8 +88,9 @@ class Monitor:
         if self._failure is not None:
             raise self._failure
 
-    def _raise(self, *_: object) -> None:
-        self.raise_if_collecting_failed()
+    def _interrupt(self, *_: object) -> None:
+        if not self._stop.is_set():
+            raise KeyboardInterrupt  # Ray lets nothing else out of its waits
 
     def _loop(self) -> None:
         while not self._stop.wait(1.0):
@@ -94,8 +99,8 @@ class Monitor:
                 self._faults.append(fault)
             self._poll()
             limit = self._scaling.wait_timeout_s
-            if time.monotonic() - self._moved > limit and not self._stop.is_set():
-                self._failure = self._failure or TimeoutError(
+            if time.monotonic() - self._moved > limit:
+                self._stalled = TimeoutError(
                     f"nothing was played or learnt for {limit:.0f} s; the job was at: {self._bar.desc}; if it needs so "
                     "long, raise scaling.wait_timeout_s"
                 )

@@ -25,7 +25,10 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     Returns:
         The policy and the diagnostics of the update.
     """
-    demos = list(read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.demos.frame_every))
+    start = load_policy(resolve(config.sft.init)) if config.sft.init else None
+    frame_size = config.env.image_size if start is None else start.transform.frame_size
+    source = resolve(config.data.demos)
+    demos = list(read_demonstrations(source, config.env.ids[0], config.demos.frame_every, frame_size))
     pool = dict(enumerate(demos))
     windows = [
         Window(i, start)
@@ -35,7 +38,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if not windows:
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
     torch.manual_seed(config.run.seed)
-    policy = load_policy(resolve(config.sft.init)) if config.sft.init else new_policy(config.sft.policy, demos, windows)
+    policy = start or new_policy(config.sft.policy, demos, windows, config.sft.relative)
     rng = np.random.default_rng(config.run.seed)
     no_advantages = dict.fromkeys(pool, 0.0)
     size = config.train.batch_size
@@ -54,12 +57,27 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     return update(policy, steps, config.train, objective, generator, on_step)
 
 
-def new_policy(kind: str, demos: list[Trajectory], windows: list[Window]) -> Policy:
-    """A fresh policy of an architecture, with the transform and the chunk statistics of the demonstrations."""
+def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relative: int = 0) -> Policy:
+    """A fresh policy of an architecture, with the transform and the chunk statistics of the demonstrations.
+
+    Args:
+        kind: the architecture's name.
+        demos: the demonstrations.
+        windows: those of their windows that it will be trained on.
+        relative: so many first action dimensions are taken relative to the state.
+
+    Raises:
+        UserError: when there are not so many.
+    """
     labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
-    transform = Transform.fit(
-        np.concatenate([demo.states for demo in demos]), np.concatenate(labels), image_size=demos[0].frames.shape[2]
-    )
+    states, actions = np.concatenate([demo.states for demo in demos]), np.concatenate(labels)
+    if relative > min(states.shape[1], actions.shape[1]):
+        raise UserError(
+            f"sft.relative={relative}: the demonstrations have {actions.shape[1]} action and {states.shape[1]} state "
+            "dimensions; expected no more than either"
+        )
+    mask = tuple(i < relative for i in range(actions.shape[1]))
+    transform = Transform.fit(states, actions, image_size=demos[0].frames.shape[2], relative=mask)
     batch = gather(windows, dict(enumerate(demos)), dict.fromkeys(range(len(demos)), 0.0))
     chunks = transform.encode_actions(batch.actions, batch.states)
     counted = batch.valid[..., None].float()

@@ -321,6 +321,9 @@ class SftConfig(_Section):
     """Folder of a policy to continue from; a new one by default."""
     policy: str = "flow"
     """Architecture of a new one; or ``module:class``, one of yours (docs/extending.md)."""
+    relative: int = Field(default=0, ge=0)
+    """So many first action dimensions of a new one are relative to the state: of an SO100 arm, whose actions are joint
+    angles, 6, or 5 if its gripper stays absolute. LIBERO's actions are changes already."""
     output: str = "checkpoints/libero_object_0"
     """Where to write the trained policy."""
 

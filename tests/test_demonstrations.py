@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_trajectory
 
 import launch
 from ript_ray.config import Config, save_config
 from ript_ray.data.demonstrations import read_demonstrations
+from ript_ray.data.lerobot.layout import Keys
+from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import save_episode, save_trajectories
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import load_policy
 from ript_ray.rollout import Recorder
 from ript_ray.types import Context, EpisodeRecord, Trajectory
 
@@ -100,3 +105,42 @@ def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.safetensors", tmp_path, tmp_path / "absent.hdf5"):
         with pytest.raises(UserError):
             list(read_demonstrations(path, "libero_object/0"))
+
+
+def test_an_arm_of_joint_angles_is_imitated_relative_to_where_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SO100 datasets are: six dimensions, degrees, a gripper from 0 to 100, two cameras that are not square."""
+    rng = np.random.default_rng(0)
+    turn = np.array([4.0, -4.0, 2.0, 0.0, 1.0], dtype=np.float32)
+    demos = []
+    for seed in range(24):
+        joints = rng.uniform(-60, 60, 5) + turn * np.arange(56)[:, None]
+        gripper = np.full((56, 1), rng.uniform(0, 100))
+        demos.append(
+            dataclasses.replace(
+                make_trajectory(56, seed=seed),
+                states=np.hstack([joints, gripper]).astype(np.float32),
+                actions=np.hstack([joints + turn, np.full((56, 1), 80.0)]).astype(np.float32),
+                frames=rng.integers(0, 256, (56, 2, 24, 32, 3), dtype=np.uint8),
+                frame_steps=np.arange(56, dtype=np.int32),
+                tickets={},
+                scene={},
+            )
+        )
+    keys = Keys(("observation.images.base", "observation.images.wrist"), "observation.state", "action")
+    write_dataset(tmp_path / "so100", demos, fps=30, robot_type="so100_follower", keys=keys)
+    command = ["sft", f"data.demos={tmp_path / 'so100'}", f"sft.output={tmp_path / 'policy'}", "env.image_size=32"]
+    command += ["sft.steps=80", "train.batch_size=32", "train.micro_batch=32", "demos.frame_every=4"]
+    assert launch.main([*command, f"run.dir={tmp_path / 'run'}", "sft.relative=5"]) == 0
+    policy = load_policy(tmp_path / "policy")
+    assert policy.transform.relative == (True,) * 5 + (False,)
+    assert policy.transform.frame_size == 32
+    states = torch.from_numpy(np.stack([demo.states[2] for demo in demos]))
+    frames = torch.zeros(24, 2, 32, 32, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        chunks, _ = policy.act(frames, states, [demos[0].instruction] * 24, torch.randn(24, 50, 6))
+    torch.testing.assert_close(chunks[:, 0, :5] - states[:, :5], torch.from_numpy(turn).expand(24, 5), atol=4, rtol=0)
+    torch.testing.assert_close(chunks[:, :, 5], torch.full((24, 50), 80.0), atol=4, rtol=0)
+    assert launch.main([*command, f"run.dir={tmp_path / 'other'}", "sft.relative=7"]) == 2
+    assert "sft.relative=7: the demonstrations have 6 action and 6 state dimensions" in capsys.readouterr().err

@@ -93,12 +93,13 @@ class Coordinator:
         absent: Sequence[Any] = (),
     ) -> None:
         self._config = config
-        self._busy_groups = -(-(len(actors) + len(absent)) // config.sampling.group_size)
-        """That keep every actor busy."""
         self._pool = pool
         self._store = store
         self._journal = Journal(run_dir)
         self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent)
+        busy = -(-(len(actors) + len(absent)) // config.sampling.group_size)
+        self._busy_groups: int = self._journal.settle("busy_groups", busy)
+        """That keep every actor busy. Which groups there are depends on it, so a wider session does not change it."""
         self._metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._asynchronous = config.train.mode == "async"

@@ -44,6 +44,7 @@ class Journal:
         self.faults: list[str] = []
         """That earlier sessions survived."""
         self._past: deque[dict[str, Any]] = deque()
+        self._settled: dict[str, Any] = {}
         self._number = 0
         self.seconds_before = 0.0
         """Length of earlier sessions."""
@@ -59,6 +60,8 @@ class Journal:
                 self.sessions += 1
             elif entry["kind"] == "fault":
                 self.faults.append(entry["text"])
+            elif entry["kind"] == "settled":
+                self._settled[entry["name"]] = entry["value"]
             else:
                 self._past.append(entry)
         self._write("session")
@@ -67,6 +70,13 @@ class Journal:
     def replaying(self) -> bool:
         """Is there anything left of earlier sessions?"""
         return bool(self._past)
+
+    def settle(self, name: str, value: Any) -> Any:
+        """Something that must not change while the run lasts: ``value``, or what an earlier session had."""
+        if name not in self._settled:
+            self._settled[name] = value
+            self._write("settled", name=name, value=value)
+        return self._settled[name]
 
     def next_number(self) -> int:
         """The number of the next episode that is asked for."""

@@ -10,8 +10,8 @@ import torch
 
 from learner.update import Step, update
 from ript_ray.config import Config, ObjectiveConfig, resolve
-from ript_ray.data.demonstrations import read_demonstrations
-from ript_ray.data.windows import gather, seen_starts
+from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
+from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy, policy_class
 from ript_ray.policies.policy import Policy
@@ -28,7 +28,8 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     start = load_policy(resolve(config.sft.init)) if config.sft.init else None
     frame_size = config.env.image_size if start is None else start.transform.frame_size
     source = resolve(config.data.demos)
-    demos = list(read_demonstrations(source, config.env.ids[0], config.demos.frame_every, frame_size))
+    found = read_demonstrations(source, config.env.ids[0], config.demos.frame_every, frame_size)
+    demos = frames_on_disk(found) if source.is_dir() else list(found)  # a dataset may be larger than the memory
     pool = dict(enumerate(demos))
     windows = [
         Window(i, start)
@@ -78,9 +79,9 @@ def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relati
         )
     mask = tuple(i < relative for i in range(actions.shape[1]))
     transform = Transform.fit(states, actions, image_size=demos[0].frames.shape[2], relative=mask)
-    batch = gather(windows, dict(enumerate(demos)), dict.fromkeys(range(len(demos)), 0.0))
-    chunks = transform.encode_actions(batch.actions, batch.states)
-    counted = batch.valid[..., None].float()
+    before, chosen, valid = gather_actions(windows, dict(enumerate(demos)))
+    chunks = transform.encode_actions(chosen, before)
+    counted = valid[..., None].float()
     mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)
     std = (((chunks - mean).square() * counted).sum(0) / counted.sum(0).clamp_min(1.0)).sqrt().clamp_min(0.05)
-    return policy_class(kind).new(transform, mean, std, batch.frames.shape[1])
+    return policy_class(kind).new(transform, mean, std, demos[0].frames.shape[1])

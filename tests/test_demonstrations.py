@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import make_trajectory
 
 import launch
 from ript_ray.config import Config, save_config
-from ript_ray.data.demonstrations import read_demonstrations
+from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
 from ript_ray.data.lerobot.layout import Keys
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import save_episode, save_trajectories
@@ -22,6 +23,7 @@ from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy
 from ript_ray.rollout import Recorder
 from ript_ray.types import Context, EpisodeRecord, Trajectory
+from ript_ray.watchdog import private_mb
 
 POINT_REACH = "gymnasium/ript_ray/PointReach-v0"
 
@@ -105,6 +107,22 @@ def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.safetensors", tmp_path, tmp_path / "absent.hdf5"):
         with pytest.raises(UserError):
             list(read_demonstrations(path, "libero_object/0"))
+
+
+def test_frames_on_disk_are_the_same_and_take_no_memory() -> None:
+    def large(seed: int) -> Trajectory:
+        frames = np.random.default_rng(seed).integers(0, 256, (6, 2, 1000, 1000, 3), dtype=np.uint8)
+        return dataclasses.replace(make_trajectory(60, seed=seed), frames=frames)
+
+    large(0)
+    before = private_mb(os.getpid())
+    kept = frames_on_disk(large(seed) for seed in range(8))  # 288 MB
+    assert private_mb(os.getpid()) < before + 100
+    for seed, demo in enumerate(kept):
+        there = large(seed)
+        np.testing.assert_array_equal(demo.frames, there.frames)
+        np.testing.assert_array_equal(demo.actions, there.actions)
+    assert frames_on_disk([]) == []
 
 
 def test_an_arm_of_joint_angles_is_imitated_relative_to_where_it_stands(

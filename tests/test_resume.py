@@ -170,6 +170,15 @@ def test_a_run_that_is_killed_anywhere_ends_the_same(checkpoint: Path, undisturb
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_more_actors_and_ends_the_same(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={run}"]
+    stop_when(start(*command), run, played(12), signal.SIGKILL)
+    finish(start(*command, "run.resume=true", "scaling.actors=5", "scaling.actor_cpus=0.2"))
+    assert story(run) == story(undisturbed)
+
+
+@pytest.mark.slow
 def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
     file = tmp_path / "faults.json"
     kinds = len(FAULTS | CLUSTER_FAULTS)
@@ -224,6 +233,7 @@ def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_named(tmp_path: 
     from actors.journal import Journal
 
     journal = Journal(tmp_path)
+    assert journal.settle("busy_groups", 3) == 3
     journal.given_up(0, "it hangs")
     journal.collected(0, "quota", 1.5)
     del journal
@@ -232,6 +242,7 @@ def test_a_line_that_was_cut_short_is_dropped_and_a_damaged_one_named(tmp_path: 
     file.write_text(whole + '{"kind": "coll')
     journal = Journal(tmp_path)
     assert journal.sessions == 2
+    assert journal.settle("busy_groups", 4) == 3
     assert journal.take("collected") is None
     entry = journal.take("given_up")
     assert entry is not None

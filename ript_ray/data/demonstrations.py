@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,23 @@ def read_demonstrations(path: Path, env_id: str, every: int = 1, image_size: int
 
         return read_hdf5(path, env_id=env_id, every=every)
     return iter(load_trajectories(path))
+
+
+def frames_on_disk(demos: Iterable[Trajectory]) -> list[Trajectory]:
+    """The same demonstrations with their frames in an unnamed file, one at a time in memory while it is written.
+
+    Of the file the system keeps in memory what there is room for; it is gone with the last of the trajectories.
+    """
+    kept = []
+    with tempfile.TemporaryFile() as file:
+        for demo in demos:
+            kept.append((replace(demo, frames=demo.frames[:0].copy()), file.tell(), demo.frames.shape))
+            file.write(np.ascontiguousarray(demo.frames).data)
+        file.flush()
+        frames = np.memmap(file, dtype=np.uint8, mode="r") if file.tell() else np.empty(0, dtype=np.uint8)
+    return [
+        replace(demo, frames=frames[first : first + math.prod(shape)].reshape(shape)) for demo, first, shape in kept
+    ]
 
 
 def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:

@@ -60,26 +60,34 @@ def gather(
     Raises:
         KeyError: when a window's frame was never rendered.
     """
-    steps = np.arange(HORIZON)
-    frames, states, actions, valid = [], [], [], []
-    for window in windows:
-        trajectory = trajectories[window.trajectory]
-        source = trajectory.actions if trajectory.labels is None else trajectory.labels
-        index = window.start + steps
-        frames.append(_frame(window, trajectory, rendered))
-        states.append(trajectory.states[window.start])
-        actions.append(source[np.minimum(index, len(trajectory) - 1)])
-        valid.append(index < len(trajectory))
+    frames = [_frame(window, trajectories[window.trajectory], rendered) for window in windows]
+    states, actions, valid = gather_actions(windows, trajectories)
     return Batch(
         frames=torch.from_numpy(np.stack(frames)),
-        states=torch.from_numpy(np.stack(states)),
-        actions=torch.from_numpy(np.stack(actions)),
-        valid=torch.from_numpy(np.stack(valid)),
+        states=states,
+        actions=actions,
+        valid=valid,
         advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
         weights=torch.tensor([(weights or advantages)[w.trajectory] for w in windows], dtype=torch.float32),
         instructions=[trajectories[w.trajectory].instruction for w in windows],
         chain=_chain(windows, trajectories),
     )
+
+
+def gather_actions(
+    windows: Sequence[Window], trajectories: Mapping[int, Trajectory]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a batch only the states before the chunks, the chunks, and which of their steps are valid."""
+    steps = np.arange(HORIZON)
+    states, actions, valid = [], [], []
+    for window in windows:
+        trajectory = trajectories[window.trajectory]
+        source = trajectory.actions if trajectory.labels is None else trajectory.labels
+        index = window.start + steps
+        states.append(trajectory.states[window.start])
+        actions.append(source[np.minimum(index, len(trajectory) - 1)])
+        valid.append(index < len(trajectory))
+    return torch.from_numpy(np.stack(states)), torch.from_numpy(np.stack(actions)), torch.from_numpy(np.stack(valid))
 
 
 def _chain(windows: Sequence[Window], trajectories: Mapping[int, Trajectory]) -> ChainStep | None:

@@ -82,17 +82,20 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
             except UserError:
                 raise
             except Exception as error:
+                restarts = restarts + 1 if work_done(run_dir) == before else 1
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                log.exception("failed, %d times without progress, %d allowed", restarts, config.scaling.max_restarts)
                 if any(words in str(error) for words in _NO_ROOM):
                     free = {folder: shutil.disk_usage(folder).free // 10**6 for folder in (run_dir, "/tmp")}
                     rooms = ", ".join(f"{folder} has {room} MB" for folder, room in free.items())
-                    log.exception("a disk is full")
                     raise UserError(f"a disk is full ({rooms}); make room, and go on") from error
-                restarts = restarts + 1 if work_done(run_dir) == before else 1
                 if restarts > config.scaling.max_restarts:
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                    raise UserError(
+                        f"{reason}\nThis ended the run {restarts} times with nothing played or learnt in between, and "
+                        f"would do so again. All of it is in {run_dir / 'run.log'}; what actors and learners printed "
+                        "is in /tmp/ray/session_latest/logs"
+                    ) from error
                 survived.append(f"all processes were started again: {reason}")
-                log.exception("starting again, %d of %d", restarts, config.scaling.max_restarts)
                 print(f"\n{reason}; starting again from what is on disk", file=sys.stderr)
                 time.sleep(2.0**restarts)
 
@@ -377,8 +380,8 @@ def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line says; the exit code is 0, 1 when ``doctor`` finds something, 2 for a mistake in the
-    input, 130 when it was stopped.
+    """Run what the command line says; the exit code is 0, 1 when ``doctor`` finds something, 2 when it cannot be done,
+    mostly for a mistake in the input, 130 when it was stopped.
     """
     parser = argparse.ArgumentParser(
         prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter

@@ -217,9 +217,8 @@ class Dispatcher:
             ObjectLostError: when it was made on a node that has left in the meantime.
         """
         nodes = get_local_object_locations([trajectory]).get(trajectory, {}).get("node_ids")
-        if (
-            not nodes or ray.get_runtime_context().get_node_id() in nodes
-        ):  # small ones are with their owner, this process
+        # A small one is on no node, but with its owner, this process.
+        if not nodes or ray.get_runtime_context().get_node_id() in nodes:
             return trajectory
         return ray.put(ray.get(trajectory, timeout=self._timeout_s))
 

@@ -156,6 +156,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_anywhere_ends_the_same(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     total = json.loads((undisturbed / "summary.json").read_text())["episodes"]
     rng = random.Random(0)
@@ -179,12 +180,13 @@ def test_a_run_goes_on_with_more_actors_and_ends_the_same(checkpoint: Path, undi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
     file = tmp_path / "faults.json"
     kinds = len(FAULTS | CLUSTER_FAULTS)
     arguments = ["bench", "faults", "--config", "configs/faults.yaml", f"bench.injections={kinds}"]
     command = [sys.executable, "launch.py", *arguments, f"run.dir={tmp_path / 'runs'}", "--json", str(file)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=2300)
     result = json.loads(file.read_text())
     assert len(result["table"]) == result["injected"] == result["survived"] == kinds
     assert result["trajectories_lost"] == 0

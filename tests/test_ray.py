@@ -216,6 +216,7 @@ def test_the_learner_group_trains_and_publishes(tiny_config: Config, tmp_path: P
         torch.testing.assert_close(in_driver[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config, tmp_path: Path) -> None:
     config = tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"epochs": 100})})
     killed = []

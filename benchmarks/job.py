@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,15 @@ class Job:
 
     def find(self, title: str) -> int | None:
         """A process with this title, of the job or of the cluster that this process has made for it."""
-        if not title:
-            return self.pid
-        for child in psutil.Process().children(recursive=True):
-            try:
-                if title in " ".join(child.cmdline()):
-                    return int(child.pid)
-            except psutil.Error:
-                continue
-        return None
+        return next(processes(title), None) if title else self.pid
+
+
+def processes(title: str) -> Iterator[int]:
+    """Those with this title among all that this process has started, and they in turn."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if title in " ".join(child.cmdline()):
+                yield child.pid
 
 
 def new_folder(config: Config, name: str) -> Path:

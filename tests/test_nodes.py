@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from test_resume import ROOT, SETTINGS, finish, start, wait_until
 
 from actors.journal import journal_holds, read_journal
+from benchmarks.job import processes
 from benchmarks.nodes import Nodes
 from ript_ray.config import load_config, save_config
 
@@ -27,11 +26,7 @@ def nodes() -> Iterator[Nodes]:
 
 def rollout_actors() -> int:
     """How many have a process in the cluster."""
-    count = 0
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            count += "ray::RolloutActor" in " ".join(child.cmdline())
-    return count
+    return len(list(processes("ray::RolloutActor")))
 
 
 def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(

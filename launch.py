@@ -245,6 +245,7 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
 
     starts = training_starts(config.env)
     contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
+    contexts.sort(key=lambda context: config.env.ids.index(context.env_id))  # another task is another environment
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         actors, _ = start_actors(RolloutActor, config.scaling, config, {}, None)
         workers = ActorPool(actors)

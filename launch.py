@@ -333,15 +333,13 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
     """The weight store, with ``policy`` as its first version, and the rollout actors that pull from it: those that are
     there, and those that wait for a node with room.
     """
-    import ray
-
     from actors.rollout import RolloutActor
-    from actors.weights import WeightStore
+    from actors.weights import WeightStore, publish
     from cluster.session import spawn, start_actors
     from ript_ray.policies.checkpoints import to_publish
 
     store = spawn(WeightStore, name="WeightStore")
-    ray.get(store.publish.remote(version, *to_publish(policy, config.policy.precision)), timeout=60)
+    publish(store, version, *to_publish(policy, config.policy.precision))
     return store, *start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ WeightArrays = dict[str, np.ndarray]
 
 _KEEP = 3
 """Versions kept. Older ones are freed once the actors that still act with them have pulled a newer one."""
+_COPYING_S = 5.0
+"""By then the store has its own copy of what a learner lent it before it died."""
 
 
 @ray.remote(num_cpus=0)
@@ -31,14 +34,23 @@ class WeightStore:
     def __repr__(self) -> str:
         return "WeightStore"
 
-    async def publish(self, version: int, weights: WeightArrays, sha256: str) -> None:
-        """Make ``version`` the newest. Publishing a version again (after a restart) replaces it."""
-        self._objects[version] = ray.put(weights)
+    async def publish(self, version: int, weights: WeightArrays, lent: list[Any], sha256: str) -> None:
+        """Make ``version`` the newest; publishing a version again (after a restart) replaces it. See `publish`.
+
+        Args:
+            version: of the weights.
+            weights: the arrays, as they lie in this node's shared memory.
+            lent: ``[reference]`` to the same, which the learner owns. Actors pull it while it is copied, so that they
+                need not wait for a second copy.
+            sha256: fingerprint of the policy.
+        """
+        (self._objects[version],) = lent
         self._sha256[version] = sha256
         for old in sorted(self._objects)[:-_KEEP]:
             del self._objects[old]
         async with self._newer:
             self._newer.notify_all()
+        self._objects[version] = await asyncio.to_thread(ray.put, weights)
 
     async def newest(self, than: int) -> tuple[int, list[Any]] | None:
         """``(version, [reference])`` when there is one newer than ``than``. A bare reference would be fetched here."""
@@ -62,6 +74,16 @@ class WeightStore:
         return version, self._sha256[version]
 
 
+def publish(store: Any, version: int, weights: WeightArrays, sha256: str, timeout_s: float = 60.0) -> None:
+    """Give a `WeightStore` new weights; returns when it owns them, so that they outlive this process.
+
+    Raises:
+        GetTimeoutError: when it has not taken them after ``timeout_s``.
+    """
+    lent = ray.put(weights)
+    ray.get(store.publish.remote(version, lent, [lent], sha256), timeout=timeout_s)
+
+
 class PolicyCopy:
     """An inference-only copy of a policy that follows a weight store; on a CPU it is the node's shared object itself.
 
@@ -82,12 +104,22 @@ class PolicyCopy:
 
     def pull(self) -> Policy:
         """The policy, with newer weights if there are any."""
-        found = ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)
-        if found is not None:
-            self.version, (reference,) = found
-            weights = from_published(ray.get(reference, timeout=self._timeout_s))
-            self._policy = build_policy(self._description, weights, share=True).to(self._device)
+        try:
+            newest = self._newest()
+        except ray.exceptions.ObjectLostError:  # the learner that lent it has died; the store makes its own meanwhile
+            time.sleep(_COPYING_S)
+            newest = self._newest()
+        if newest is not None:
+            self.version, weights = newest
+            self._policy = build_policy(self._description, from_published(weights), share=True).to(self._device)
             self._policy.requires_grad_(False)
         if self._policy is None:
             raise RuntimeError("no weights were published before the first episode")
         return self._policy
+
+    def _newest(self) -> tuple[int, WeightArrays] | None:
+        found = ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)
+        if found is None:
+            return None
+        version, (reference,) = found
+        return version, ray.get(reference, timeout=self._timeout_s)

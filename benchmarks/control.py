@@ -19,7 +19,7 @@ import ray
 
 from actors.coordinator import Coordinator
 from actors.pool import SamplePool
-from actors.weights import WeightStore
+from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn
 from ript_ray.config import Config
 from ript_ray.types import Context, EpisodeReport
@@ -122,7 +122,7 @@ def measure(config: Config) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder, ray_session(config.scaling, ResourcePlan.of(config.scaling)):
         store = spawn(WeightStore, name="WeightStore")
-        ray.get(store.publish.remote(0, {}, ""), timeout=60)
+        publish(store, 0, {}, "")
         hosts = [_Host.options(max_concurrency=seats).remote(config) for _ in range(_HOSTS)]  # type: ignore[attr-defined]
         pool = spawn(SamplePool, config, name="SamplePool")
         actors = [_Seat(hosts[i % _HOSTS], i) for i in range(seats)]
@@ -141,7 +141,7 @@ def measure(config: Config) -> dict[str, Any]:
             episodes = ray.get(coordinator.totals.remote(), timeout=60)["episodes"]
             marks.append(_Mark(time.perf_counter(), busy, episodes, _cpu_seconds(control)))
             time.sleep(_LEARNER_SHARE * _EPISODE_S)
-            ray.get(store.publish.remote(step + 1, {}, ""), timeout=60)
+            publish(store, step + 1, {}, "")
         ray.get(collecting, timeout=limit)
         wall = time.perf_counter() - started
         totals = ray.get(coordinator.totals.remote(), timeout=60)

@@ -21,7 +21,7 @@ import torch
 
 from actors.dispatcher import Dispatcher, Episode
 from actors.rollout import RolloutActor
-from actors.weights import WeightStore
+from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
 from learner.loop import plan_steps
 from learner.update import update
@@ -68,7 +68,7 @@ class _Players:
     def adopt(self, policy: Policy) -> None:
         """Act with this policy from now on."""
         self.version += 1
-        ray.get(self.store.publish.remote(self.version, *to_publish(policy, self.config.policy.precision)), timeout=60)
+        publish(self.store, self.version, *to_publish(policy, self.config.policy.precision))
 
     def play(self, contexts: Sequence[Context], guidance: float, explore: float) -> list[Trajectory]:
         """One episode of each context, in their order."""

@@ -20,6 +20,7 @@ from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
+from actors.weights import publish
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
@@ -146,8 +147,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             if acting is not policy and not config.train.restart:
                 save_policy(checkpoints / _UNAVERAGED.format(step + 1), policy)
             save_policy(folder, acting, about={"update": step + 1})
-            published = store.publish.remote(step + 1, arrays, sha256)
-            ray.get(published, timeout=limit)
+            publish(store, step + 1, arrays, sha256, limit)
         row = {"learner/steps": float(len(steps))}
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         idle, busy = idle + frames.waited_s, busy - frames.waited_s

@@ -20,7 +20,7 @@ from actors.coordinator import Coordinator
 from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor
-from actors.weights import WeightStore
+from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session
 from ript_ray.config import Config, ScalingConfig
 from ript_ray.policies.checkpoints import to_publish
@@ -72,7 +72,7 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     scaling = ScalingConfig(actors=1)
     with ray_session(scaling, ResourcePlan.of(scaling)):
         store = WeightStore.options(name="Weights").remote()
-        ray.get(store.publish.remote(0, *to_publish(point_policy())))
+        publish(store, 0, *to_publish(point_policy()))
         yield file
     del os.environ[ARMED], os.environ["PYTHONPATH"]
 

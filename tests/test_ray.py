@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from actors.dispatcher import Dispatcher, Episode
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor
-from actors.weights import WeightStore
+from actors.weights import WeightStore, publish
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
 from ript_ray.config import Config, ScalingConfig, load_config
@@ -109,7 +109,7 @@ def rollout_actor(ray_cluster: None) -> Any:
     config = load_config(ROOT / "configs" / "default.yaml", ["env.max_steps=40"])
     policy = load_policy(ROOT / "checkpoints" / "libero_object_0")
     store = WeightStore.options(name="Weights").remote()
-    ray.get(store.publish.remote(0, *to_publish(policy)))
+    publish(store, 0, *to_publish(policy))
     actor = RolloutActor.options(num_cpus=0.5).remote(0, config, policy.describe(), "Weights")
     ray.get(actor.awake.remote(), timeout=120)
     return actor, store
@@ -173,12 +173,27 @@ def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
     assert not ray.get(store.wait_for.remote(0, 0.1))
     waiting = store.wait_for.remote(2, 20.0)
     for version in range(5):
-        ray.get(store.publish.remote(version, {"w": np.full(3, version)}, f"hash{version}"))
+        publish(store, version, {"w": np.full(3, version)}, f"hash{version}")
     assert ray.get(waiting, timeout=20)
     version, (reference,) = ray.get(store.newest.remote(1))
     assert (version, ray.get(reference)["w"].tolist()) == (4, [4, 4, 4])
     assert ray.get(store.newest.remote(4)) is None
     assert ray.get(store.newest_version.remote()) == (4, "hash4")
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def publish_and_die(store: Any, weights: dict[str, np.ndarray]) -> None:
+    """A learner whose process ends as soon as the store has its weights."""
+    publish(store, 1, weights, "hash")
+    os._exit(1)
+
+
+def test_published_weights_outlive_the_learner() -> None:
+    store, weights = WeightStore.remote(), {"w": np.arange(1_000_000.0)}
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(publish_and_die.remote(store, weights), timeout=60)
+    _, (reference,) = ray.get(store.newest.remote(0))
+    assert np.array_equal(ray.get(reference, timeout=60)["w"], weights["w"])
 
 
 def learn(

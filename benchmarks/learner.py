@@ -13,6 +13,7 @@ import ray
 import torch
 
 from actors.pool import SamplePool
+from actors.weights import WeightArrays
 from cluster.session import ResourcePlan, ray_session, spawn
 from learner.loop import learner_group, plan_steps
 from learner.update import update
@@ -62,7 +63,7 @@ class _Sink:
     def newest(self, than: int) -> None:
         pass
 
-    def publish(self, version: int, weights: dict[str, np.ndarray], sha256: str) -> None:
+    def publish(self, version: int, weights: WeightArrays, lent: list[Any], sha256: str) -> None:
         ray.get(self._pool.seal.remote(version), timeout=60)
 
 

@@ -116,6 +116,8 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     local = address is None
     if local:
+        # It keeps what it knows of the newest 100,000 tasks, and grows for days until it has them.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
         plan.check([Node(os.cpu_count() or 1, torch.cuda.device_count(), {})])
     # Simulators and BLAS would each start a thread per core in every process.
     env_vars = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}

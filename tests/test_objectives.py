@@ -12,7 +12,7 @@ from torch import nn
 
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
-from ript_ray.config import ObjectiveConfig
+from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig
 from ript_ray.policies.policy import sample_time
 from ript_ray.policies.sampling import ChainStep, Explore, euler_maruyama, integrate, integrate_with_noise
 from ript_ray.types import Batch
@@ -217,6 +217,10 @@ def test_flow_sde_equals_its_formula_and_its_gradient() -> None:
     assert policy.v.grad is not None
     np.testing.assert_allclose(policy.v.grad[1], (by_ratio * ratio)[:, None, None] * slope, rtol=2e-3, atol=1e-4)
     assert not policy.v.grad[0].any()
+
+
+def test_the_configuration_names_all_objectives() -> None:
+    assert set(OBJECTIVE_NAMES) == set(OBJECTIVES)
 
 
 def test_objectives_that_lack_something_say_what() -> None:

@@ -83,7 +83,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
                 raise
             except Exception as error:
                 restarts = restarts + 1 if work_done(run_dir) == before else 1
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+                reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
                 log.exception("failed, %d times without progress, %d allowed", restarts, config.scaling.max_restarts)
                 if any(words in str(error) for words in _NO_ROOM):
                     free = {folder: shutil.disk_usage(folder).free // 10**6 for folder in (run_dir, "/tmp")}
@@ -433,6 +433,7 @@ def go_on(config: Config) -> dict[str, Any] | None:
     Raises:
         UserError: when that run has other settings than these, except for where and how wide it runs.
     """
+    from cluster.plan import fit_actors
     from cluster.storage import restore
     from ript_ray.runs import Run
 
@@ -444,7 +445,8 @@ def go_on(config: Config) -> dict[str, Any] | None:
             return None
         print(f"{run_dir}: goes on from {config.run.storage}")
     run = Run.load(run_dir)
-    other = [key for key in run.changed_by(config) if key.partition(".")[0] not in ("run", "scaling")]
+    changed = run.changed_by(config)
+    other = [key for key in changed if key == "run.seed" or key.partition(".")[0] not in ("run", "scaling")]
     if other:
         raise UserError(
             f"run.resume=true: the run in run.dir={str(run_dir)!r} has another {', '.join(other)}; give the same "
@@ -453,7 +455,7 @@ def go_on(config: Config) -> dict[str, Any] | None:
     if run.summary is not None:
         print(f"{run_dir}: {run.state()}")
         return run.summary
-    return train(config, make_run_dir(config, "train", resuming=True))
+    return train(fit_actors(config), make_run_dir(config, "train", resuming=True))
 
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:

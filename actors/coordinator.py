@@ -402,7 +402,7 @@ class Coordinator:
     def _forget(self, outcome: Outcome) -> None:
         """Leave only the record of an episode that nothing will be learnt from."""
         file = self._journal.episode_file(outcome.episode.number)
-        # An actor on another node may have written to a disk of its own.
+        # Actors that are only simulated write none (benchmarks/control.py).
         if file is not None and file.exists() and not self._journal.replaying:
             forget_trajectory(file)
 

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.experimental import get_local_object_locations
 
+from actors.home import Home
 from actors.journal import Journal, recorded_report
 from ript_ray.config import ScalingConfig
 from ript_ray.data.storage import load_trajectory
@@ -74,6 +75,8 @@ class Dispatcher:
         self.there = list(actors)
         """Actors that play, render, or have nothing to do."""
         self._journal = journal or Journal(None)
+        folder = self._journal.run_dir
+        self._home = Home.here(folder, scaling.wait_timeout_s) if folder is not None else None
         self._idle = deque(self.there)
         self._at: dict[Any, str] = {}
         """The task that an actor is at."""
@@ -264,8 +267,9 @@ class Dispatcher:
             self._at[actor] = episode.context.env_id
             episode.attempts += 1
             episode.deadline = time.monotonic() + self._timeout_s
+            file = self._journal.episode_file(episode.number)
             report, trajectory = actor.collect.options(num_returns=2).remote(
-                episode.context, episode.guidance, episode.explore, self._journal.episode_file(episode.number)
+                episode.context, episode.guidance, episode.explore, file, self._home
             )
             self._running[report] = (actor, trajectory, episode)
 

@@ -37,6 +37,7 @@ class Journal:
     """
 
     def __init__(self, run_dir: Path | None) -> None:
+        self.run_dir = run_dir
         self._file = None if run_dir is None else run_dir / _NAME
         self._episodes = None if run_dir is None else run_dir / "episodes"
         self.sessions = 1

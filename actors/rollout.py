@@ -13,6 +13,7 @@ import numpy as np
 import ray
 import torch
 
+from actors.home import Home
 from actors.weights import PolicyCopy
 from ript_ray.config import Config
 from ript_ray.envs import World
@@ -58,7 +59,7 @@ class RolloutActor:
         return f"RolloutActor{self._index}"
 
     def collect(
-        self, context: Context, guidance: float, explore: float, file: Path | None
+        self, context: Context, guidance: float, explore: float, file: Path | None, home: Home | None
     ) -> tuple[EpisodeReport, Trajectory]:
         """Play one episode with the newest weights and write it to ``file``. Call with ``num_returns=2``."""
         from ript_ray.data.storage import save_episode
@@ -82,8 +83,9 @@ class RolloutActor:
             explore=explore,
         )
         trajectory.frames_rendered = world.frames_rendered - frames
-        if file is not None:  # before anyone hears of it: what is finished is not lost
-            save_episode(file, EpisodeRecord.of(trajectory, world.max_steps), trajectory)
+        if file is not None and home is not None:  # before anyone hears of it: what is finished is not lost
+            with home.writing(file) as place:
+                save_episode(place, EpisodeRecord.of(trajectory, world.max_steps), trajectory)
         return EpisodeReport.of(trajectory, waited), trajectory
 
     def render(self, job: FrameJob) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from ript_ray.policies.checkpoints import build_policy, from_published
 from ript_ray.policies.policy import Policy
 
+log = logging.getLogger("ript_ray")
+
 WeightArrays = dict[str, np.ndarray]
 
 
-_KEEP = 3
+_KEEP = 2
 """Versions kept. Older ones are freed once the actors that still act with them have pulled a newer one."""
-_COPYING_S = 5.0
-"""By then the store has its own copy of what a learner lent it before it died."""
 
 
 @ray.remote(num_cpus=0)
@@ -41,7 +42,7 @@ class WeightStore:
             version: of the weights.
             weights: the arrays, as they lie in this node's shared memory.
             lent: ``[reference]`` to the same, which the learner owns. Actors pull it while it is copied, so that they
-                need not wait for a second copy.
+                need not wait for a second copy; those that do keep it in memory until they pull the next.
             sha256: fingerprint of the policy.
         """
         (self._objects[version],) = lent
@@ -50,7 +51,11 @@ class WeightStore:
             del self._objects[old]
         async with self._newer:
             self._newer.notify_all()
-        self._objects[version] = await asyncio.to_thread(ray.put, weights)
+        try:
+            self._objects[version] = await asyncio.to_thread(ray.put, weights)
+        except BaseException:  # nobody may count on what dies with the learner
+            del self._objects[version], self._sha256[version]
+            raise
 
     async def newest(self, than: int) -> tuple[int, list[Any]] | None:
         """``(version, [reference])`` when there is one newer than ``than``. A bare reference would be fetched here."""
@@ -104,22 +109,25 @@ class PolicyCopy:
 
     def pull(self) -> Policy:
         """The policy, with newer weights if there are any."""
-        try:
-            newest = self._newest()
-        except ray.exceptions.ObjectLostError:  # the learner that lent it has died; the store makes its own meanwhile
-            time.sleep(_COPYING_S)
-            newest = self._newest()
+        newest = self._newest()
         if newest is not None:
-            self.version, weights = newest
-            self._policy = build_policy(self._description, from_published(weights), share=True).to(self._device)
-            self._policy.requires_grad_(False)
+            version, weights = newest
+            self._policy, self.version = None, -1  # a GPU need not have room for both
+            policy = build_policy(self._description, from_published(weights), share=True).to(self._device)
+            self._policy, self.version = policy.requires_grad_(False), version
         if self._policy is None:
             raise RuntimeError("no weights were published before the first episode")
         return self._policy
 
     def _newest(self) -> tuple[int, WeightArrays] | None:
-        found = ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)
-        if found is None:
-            return None
-        version, (reference,) = found
-        return version, ray.get(reference, timeout=self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
+        while (found := ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)) is not None:
+            version, (reference,) = found
+            try:
+                return version, ray.get(reference, timeout=self._timeout_s)
+            except ray.exceptions.ObjectLostError:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("weights %d were lost with the learner that lent them; the store has its own soon", version)
+                time.sleep(0.5)
+        return None

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from actors.coordinator import Coordinator
+from actors.home import Home
 from actors.pool import SamplePool
 from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn
@@ -87,7 +88,7 @@ class _Seat:
     def options(self, **options: Any) -> _Seat:
         return self
 
-    def remote(self, context: Context, guidance: float, explore: float, file: Path | None) -> Any:
+    def remote(self, context: Context, guidance: float, explore: float, file: Path | None, home: Home | None) -> Any:
         """Play a context."""
         return self.host.collect.options(num_returns=2).remote(self.number, context)
 

@@ -147,7 +147,7 @@ def _resources(config: Config) -> str:
 
     plan = ResourcePlan.of(config.scaling)
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    if config.scaling.address is None:
+    if (config.scaling.address or os.environ.get("RAY_ADDRESS")) is None:
         plan.check([Node(cpus, gpus, {})])
     free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in range(gpus)]
     memory = f" ({', '.join(f'{gib:.0f}' for gib in free)} GiB free)" if free else ""

@@ -23,6 +23,8 @@ _JOURNAL = "journal.jsonl"
 _NOT_KEPT = ("learners", "mlflow-artifacts")
 """Folders that a run does not go on from."""
 _CLOSE_TIMEOUT_S = 600.0
+_WHOLE = ("s3", "gcs", "abfs")
+"""Object stores: what is written appears whole or not at all, and cannot be renamed, only copied (S3: up to 5 GB)."""
 _BLOCK = 1 << 24
 
 
@@ -37,13 +39,20 @@ class Storage:
         run_dir: is copied.
 
     Raises:
-        UserError: when nothing can be written there.
+        UserError: when nothing can be written there, or another run's files are there.
     """
 
     def __init__(self, url: str, run_dir: Path) -> None:
         self._url, self._run_dir = url, run_dir
         self._known: dict[Path, tuple[int, int]] = {}
         self._fs, self._root = _open(url)
+        with _explained(url):
+            there, here = _began(self._fs, self._root), _began(*_open(str(run_dir)))
+        if there and there != here:
+            raise UserError(
+                f"run.storage={url!r} holds another run than {run_dir}; give a new run another place, or go on with "
+                "that one: run.resume=true with a run.dir that is not there yet"
+            )
         with _explained(url):
             self._fs.create_dir(str(self._root), recursive=True)
             self._copy(run_dir / "config.yaml")
@@ -107,6 +116,10 @@ class Storage:
 
     def _write(self, name: str, source: BinaryIO) -> None:
         target = self._root / name
+        if self._fs.type_name in _WHOLE:
+            with self._fs.open_output_stream(str(target)) as out:
+                shutil.copyfileobj(source, out, _BLOCK)
+            return
         partial = target.with_name(f".{target.name}.partial")
         self._fs.create_dir(str(target.parent), recursive=True)
         with self._fs.open_output_stream(str(partial)) as out:
@@ -128,22 +141,36 @@ def stored(url: str | None, run_dir: Path) -> Iterator[list[Storage]]:
 def restore(url: str, run_dir: Path) -> bool:
     """Copy a run back into a directory that has none; False when there is none to copy.
 
+    The journal comes last: once it is there, all is. Begun again, an interrupted one copies what is missing.
+
     Raises:
         UserError: when the place cannot be read.
     """
     fs, root = _open(url)
     with _explained(url):
-        if fs.get_file_info(str(root / _JOURNAL)).type != FileType.File:
+        if not _began(fs, root):
             return False
-        for info in fs.get_file_info(FileSelector(str(root), recursive=True)):
+        there = fs.get_file_info(FileSelector(str(root), recursive=True))
+        for info in sorted(there, key=lambda info: info.base_name == _JOURNAL):
             inside = PurePosixPath(info.path).relative_to(root)
             if info.type != FileType.File or any(part.startswith(".") for part in inside.parts):
                 continue
             target = run_dir / inside
             target.parent.mkdir(parents=True, exist_ok=True)
-            with fs.open_input_stream(info.path) as source, target.open("wb") as out:
+            partial = target.with_name(f".{target.name}.partial")
+            with fs.open_input_stream(info.path) as source, partial.open("wb") as out:
                 shutil.copyfileobj(source, out, _BLOCK)
+            partial.replace(target)
     return True
+
+
+def _began(fs: FileSystem, root: PurePosixPath) -> bytes:
+    """The first line of the journal that is there, which no other run has: it tells when the run began."""
+    journal = str(root / _JOURNAL)
+    if fs.get_file_info(journal).type != FileType.File:
+        return b""
+    with fs.open_input_stream(journal) as source:
+        return bytes(source.read(1000)).partition(b"\n")[0]
 
 
 def _open(url: str) -> tuple[FileSystem, PurePosixPath]:

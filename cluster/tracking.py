@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Tracker:
-    """Logs rows of metrics to the active MLflow run.
+    """Logs rows of metrics to an MLflow run, from any thread.
 
     Args:
         run_id: of that run.
@@ -28,7 +28,8 @@ class Tracker:
         step = int(row.get("update", 0))
         known = mlflow.MlflowClient().get_metric_history(self._run_id, next(iter(numbers)))
         if not any(metric.step == step for metric in known):
-            mlflow.log_metrics(numbers, step=step)
+            # Named: in another thread than the one that began it, no run is active, and MLflow would begin one.
+            mlflow.log_metrics(numbers, step=step, run_id=self._run_id)
 
     def artifacts(self, run_dir: Path, acting: dict[str, float]) -> None:
         """Log the run's files, and the final policy as a model that can be loaded and asked for actions.

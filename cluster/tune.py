@@ -61,6 +61,7 @@ def search(
             ],
             "address": ray.get_runtime_context().gcs_address,
             "folder": str(run_dir.resolve() / "jobs"),
+            "storage": config.run.storage,
         }
         # A trial only watches its job, which reserves for itself; but Tune wants every trial to reserve something.
         trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), {"memory": 1e6})
@@ -138,9 +139,12 @@ def _word(key: str, value: Any) -> str:
 
 def _trial(params: dict[str, Any], job: dict[str, Any]) -> None:
     """One job, in a process of its own; reports after each update and ends with it."""
-    run_dir = Path(job["folder"]) / ray_tune.get_context().get_trial_id()
+    trial = ray_tune.get_context().get_trial_id()
+    run_dir = Path(job["folder"]) / trial
     command = [*job["command"], *(_word(key, value) for key, value in params.items())]
     command += [f"run.dir={run_dir}", "run.resume=true", "run.report_port=null", f"scaling.address={job['address']}"]
+    if job["storage"] is not None:
+        command.append(f"run.storage={job['storage'].rstrip('/')}/{trial}")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.with_suffix(".log").open("a") as log:
         process = subprocess.Popen(command, cwd=_PROJECT, stdout=log, stderr=log)

@@ -20,6 +20,7 @@ from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
+from actors.home import Home
 from actors.weights import publish
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
@@ -66,7 +67,7 @@ def learner_group(
             "pool": pool,
             "store": store,
             "coordinator": coordinator,
-            "run_dir": folder,
+            "home": Home.here(run_dir, scaling.wait_timeout_s),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.learners,
@@ -109,16 +110,19 @@ def train_loop(settings: dict[str, Any]) -> None:
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
     acting = policy
     memory = PeakMemory()
-    run_dir = Path(settings["run_dir"])
-    checkpoints = run_dir / "checkpoints"
+    home: Home = settings["home"]
+    checkpoints = home.run_dir / "checkpoints"
     first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
     if published is not None:  # the group was restarted: the updates so far are done
         first = published[0]
-        acted, unaveraged = checkpoints / f"{first:04d}", checkpoints / _UNAVERAGED.format(first)
-        policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
-        if unaveraged.exists():
-            acting = load_policy(acted).float().to(device)
+        with (
+            home.reading(checkpoints / f"{first:04d}") as acted,
+            home.reading(checkpoints / _UNAVERAGED.format(first)) as unaveraged,
+        ):
+            policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
+            if unaveraged.exists():
+                acting = load_policy(acted).float().to(device)
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -139,22 +143,23 @@ def train_loop(settings: dict[str, Any]) -> None:
         if steps:  # else what acts goes on acting
             if config.train.restart:
                 policy.load_state_dict(start)
-            acting, diagnostics = _learn(policy, anchor, steps, shard.step, config, rank, coordinator, memory, run_dir)
+            acting, diagnostics = _learn(policy, anchor, steps, shard.step, config, rank, coordinator, memory, home)
         busy = time.perf_counter() - began
-        if rank == 0:
-            arrays, sha256 = to_publish(acting, config.policy.precision)
-            folder = checkpoints / f"{step + 1:04d}"
-            if acting is not policy and not config.train.restart:
-                save_policy(checkpoints / _UNAVERAGED.format(step + 1), policy)
-            save_policy(folder, acting, about={"update": step + 1})
-            publish(store, step + 1, arrays, sha256, limit)
         row = {"learner/steps": float(len(steps))}
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         idle, busy = idle + frames.waited_s, busy - frames.waited_s
         row |= {"learner/frames_wait_s": frames.waited_s}
         row |= {"learner/busy_s": busy, "learner/idle_s": idle, "learner/peak_memory_mb": memory.read_mb()}
         if rank == 0:
+            # Before the checkpoint: once that is there, the update is not done again.
             ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
+            arrays, sha256 = to_publish(acting, config.policy.precision)
+            if acting is not policy and not config.train.restart:
+                with home.writing(checkpoints / _UNAVERAGED.format(step + 1)) as place:
+                    save_policy(place, policy)
+            with home.writing(checkpoints / f"{step + 1:04d}") as place:
+                save_policy(place, acting, about={"update": step + 1})
+            publish(store, step + 1, arrays, sha256, limit)
         ray.train.report(row)
 
 
@@ -167,7 +172,7 @@ def _learn(
     rank: int,
     coordinator: Any,
     memory: PeakMemory,
-    run_dir: Path,
+    home: Home,
 ) -> tuple[Policy, dict[str, float]]:
     """Update ``number``, see `update`, with its progress told and what was not finite saved.
 
@@ -187,8 +192,9 @@ def _learn(
     try:
         return update(policy, steps, config.train, config.objective, generator, on_step, anchor)
     except NonFinite as error:
-        file = run_dir / "faults" / f"update-{number + 1}-rank-{rank}.safetensors"
-        save_batch(file, [load() for load in steps[error.step].micro_batches])
+        file = home.run_dir / "faults" / f"update-{number + 1}-rank-{rank}.safetensors"
+        with home.writing(file) as place:
+            save_batch(place, [load() for load in steps[error.step].micro_batches])
         raise RuntimeError(f"update {number + 1}, {error}; the samples of this step are in {file}") from error
 
 

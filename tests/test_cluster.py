@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,16 @@ class LocalCluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    """A head that runs nothing but drivers, a node for rollouts and one for the learner."""
+    with three_nodes() as started:
+        yield started
+
+
+@contextlib.contextmanager
+def three_nodes(others: Sequence[str] = ()) -> Iterator[LocalCluster]:
+    """A head that runs nothing but drivers, a node for rollouts and one for the learner.
+
+    ``others``: words before the command that starts each of the two.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rr-"))  # sockets in it must have short names
     gcs, dashboard, client, agent = free_ports(4)
     environment = os.environ | {
@@ -108,9 +118,8 @@ def cluster() -> Iterator[LocalCluster]:
             log = (folder / f"node-{i}.log").open("w")
             # Each with a folder of its own: in a common one they would remove each other's copy of a job's files.
             own = ["--temp-dir", str(folder if i == 0 else folder / str(i))]
-            node = subprocess.Popen(
-                [*common, *arguments, *own], env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            words = [*(others if i else ()), *common, *arguments, *own]
+            node = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
             nodes.append(node)
             wait_for(f"node {i} did not start, see {folder}", lambda count=i + 1: alive() >= count, 60.0)
         yield LocalCluster(address, folder, environment)
@@ -205,6 +214,46 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     assert summary["sessions"] == 2
     assert summary["errors"] == []
     assert played < summary["episodes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nodes_need_not_share_a_disk(point_start: Path, tmp_path: Path) -> None:
+    """Each node has an own disk where the driver's has the run; the job is stopped, sent again, and loses nothing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    settings = [*POINT_REACH, f"policy.checkpoint={point_start}", "train.updates=4", "train.ema=0.9"]
+    settings += ["train.restart=false", "scaling.actors=2", "scaling.actor_cpus=0.5", "scaling.learner_cpus=1"]
+    alone = tmp_path / "alone"
+    command = [sys.executable, "launch.py", "train", "--config", "configs/cluster.yaml", *settings, "train.mode=sync"]
+    subprocess.run(
+        [*command, f"run.dir={alone}", "scaling.learners=1"], cwd=ROOT, check=True, capture_output=True, timeout=300
+    )
+
+    with three_nodes(["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(disk)]) as cluster:
+        run = disk / "run"
+        command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *settings]
+        command += [f"run.dir={run}", "train.mode=sync", "scaling.learners=1", "--json", str(tmp_path / "sent.json")]
+        command += ["scaling.actor_labels={role: rollout}", "scaling.learner_labels={role: learner}"]
+        client = JobSubmissionClient(cluster.address)
+
+        def send() -> str:
+            sent = cluster.run(*command)
+            assert sent.returncode == 0, sent.stderr
+            return str(json.loads((tmp_path / "sent.json").read_text())["job"])
+
+        job = send()
+        wait_for("two updates", lambda: (run / "checkpoints/0002/policy.json").exists())
+        client.stop_job(job)
+        wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 60.0)
+        job = send()
+        wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 300.0)
+        assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["sessions"], summary["errors"]) == (2, [])
+    assert len(list((run / "episodes").glob("[0-9]*.safetensors"))) == summary["episodes"]
+    assert summary["weights_sha256"] == json.loads((alone / "summary.json").read_text())["weights_sha256"]
+    assert not list(run.rglob("*.carried"))
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:

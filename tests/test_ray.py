@@ -196,6 +196,21 @@ def test_published_weights_outlive_the_learner() -> None:
     assert np.array_equal(ray.get(reference, timeout=60)["w"], weights["w"])
 
 
+class Unputtable:
+    """Arrives as something that cannot be put into the object store again."""
+
+    def __reduce__(self) -> Any:
+        return threading.Lock, ()
+
+
+def test_weights_that_cannot_be_kept_are_not_announced() -> None:
+    store = WeightStore.remote()
+    publish(store, 0, {"w": np.zeros(3)}, "hash")
+    with pytest.raises(TypeError):
+        ray.get(store.publish.remote(1, Unputtable(), [ray.put(1)], "other"), timeout=60)
+    assert ray.get(store.newest_version.remote()) == (0, "hash")
+
+
 def learn(
     config: Config, run_dir: Path, learners: int, meanwhile: Callable[[Any], None] | None = None
 ) -> dict[str, Any]:

@@ -42,6 +42,28 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     assert (place / "checkpoints/0001/model.safetensors").stat().st_mtime_ns == before  # not copied again
     assert files_of(place)["journal.jsonl"] == b'{"kind": "session"}\n' * 2
 
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"holds another run than .*other"), stored(url, other):
+        pass
+    assert files_of(place)["config.yaml"] == b"run: {}\n"
+
+
+def test_a_restore_that_is_interrupted_is_not_taken_for_whole(tmp_path: Path) -> None:
+    place, back = tmp_path / "place", tmp_path / "back"
+    for name in ("checkpoints/0001/policy.json", "journal.jsonl", "z.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("{}\n")
+    back.mkdir()
+    (back / "z.json").mkdir()  # in the way
+    with pytest.raises(UserError):
+        restore(str(place), back)
+    assert not (back / "journal.jsonl").exists()
+    (back / "z.json").rmdir()
+    assert restore(str(place), back)
+    assert files_of(back) == files_of(place)
+
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

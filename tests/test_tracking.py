@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -55,6 +56,19 @@ def wait_until_it_answers(address: str, process: subprocess.Popen[bytes], log: P
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.5)
+
+
+def test_another_thread_logs_to_the_same_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for _ in range(2):  # the second time it is resumed: each row once
+        with tracking(None, run, "here", {}) as tracker:
+            thread = threading.Thread(target=tracker, args=({"update": 1, "rollout/success_rate": 0.25},))
+            thread.start()
+            thread.join()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(client.get_metric_history(found.info.run_id, "rollout/success_rate")) == 1
 
 
 @pytest.mark.slow

@@ -131,6 +131,7 @@ class Coordinator:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
         dispatcher = self._next_dispatcher()
+        self._version, _ = self._ask(self._store.newest_version.remote())
         for step in range(config.train.updates):
             if not self._asynchronous:
                 self._enter("waiting for weights", 0)
@@ -393,10 +394,13 @@ class Coordinator:
             self._forget(outcome)
 
     def _reference(self, outcome: Outcome) -> Any:
-        """Of the trajectory; one that was played in an earlier session is read from its file."""
+        """Of the trajectory; one that was played in an earlier session is read from its file, if an update needs it."""
         file = self._journal.episode_file(outcome.episode.number)
         if outcome.reference is not None or file is None:
             return outcome.reference
+        assert outcome.report is not None
+        if outcome.report.policy_version < self._version - self._config.train.max_staleness:
+            return None
         return ray.put(load_trajectory(file))
 
     def _forget(self, outcome: Outcome) -> None:

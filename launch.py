@@ -3,10 +3,10 @@
     python launch.py doctor                      is this machine ready?
     python launch.py plan                        what a job takes, and how many actors fit
     python launch.py demos                       demonstrations by a scripted expert
-    python launch.py sft data.demos=FILE         a starting policy from demonstrations
+    python launch.py sft sft.output=DIR          a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
     python launch.py train --resume RUN_DIR      go on with a run that was interrupted
-    python launch.py submit --config FILE        the same as a job on a running cluster
+    python launch.py submit run.dir=/DIR         the same as a job on a running cluster
     python launch.py tune 'tune.search={KEY: [A, B]}'   the settings that learn best, by many such jobs
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with
@@ -115,6 +115,7 @@ def train_until_it_fails(
     import ray
 
     from actors.coordinator import Coordinator
+    from actors.home import Home
     from actors.pool import SamplePool
     from cluster.gallery import Gallery
     from cluster.metrics import Metrics
@@ -136,7 +137,8 @@ def train_until_it_fails(
         folder, faults = run_dir.resolve(), survived + damaged
         coordinator = spawn(Coordinator, config, actors, pool, store, folder, faults, absent, name="Coordinator")
         survived.clear()
-        learners = learner_group(config, policy, pool, store, coordinator, run_dir)
+        home = Home.here(run_dir, config.scaling.wait_timeout_s)
+        learners = learner_group(config, policy, pool, store, coordinator, home)
         listeners: list[Callable[[dict[str, Any]], Any]] = [
             tracker,
             Metrics(run_dir.name),

@@ -50,7 +50,7 @@ class _Counters:
 
 @ray.remote(num_cpus=0)
 class SamplePool:
-    """Groups of K → leave-one-out advantages → kept or rejected → an index of SO100 windows → shards."""
+    """Groups of K → leave-one-out advantages → kept or rejected → an index of windows of 50 actions → shards."""
 
     def __init__(self, config: Config) -> None:
         self._config = config

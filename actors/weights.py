@@ -35,20 +35,21 @@ class WeightStore:
     def __repr__(self) -> str:
         return "WeightStore"
 
-    async def publish(self, version: int, weights: WeightArrays, lent: list[Any], sha256: str) -> None:
-        """Make ``version`` the newest; publishing a version again (after a restart) replaces it. See `publish`.
+    async def publish(self, version: int, lent: list[Any], sha256: str) -> None:
+        """Make ``version`` the newest; publishing a version again (after a restart) replaces it.
 
         Args:
             version: of the weights.
-            weights: the arrays, as they lie in this node's shared memory.
-            lent: ``[reference]`` to the same, which the learner owns. Actors pull it while it is copied, so that they
-                need not wait for a second copy; those that do keep it in memory until they pull the next.
+            lent: ``[reference]`` of the arrays, which the learner owns and may let go when this has returned. Actors
+                pull it while the store makes its own copy, so that they need not wait for that; those that do keep it
+                in memory until they pull the next.
             sha256: fingerprint of the policy.
         """
-        (self._objects[version],) = lent
-        self._sha256[version] = sha256
+        (reference,) = lent
+        weights = await reference  # mapped: it outlives the learner
+        self._objects[version], self._sha256[version] = reference, sha256
         for old in sorted(self._objects)[:-_KEEP]:
-            del self._objects[old]
+            del self._objects[old], self._sha256[old]
         async with self._newer:
             self._newer.notify_all()
         try:
@@ -85,8 +86,7 @@ def publish(store: Any, version: int, weights: WeightArrays, sha256: str, timeou
     Raises:
         GetTimeoutError: when it has not taken them after ``timeout_s``.
     """
-    lent = ray.put(weights)
-    ray.get(store.publish.remote(version, lent, [lent], sha256), timeout=timeout_s)
+    ray.get(store.publish.remote(version, [ray.put(weights)], sha256), timeout=timeout_s)
 
 
 class PolicyCopy:

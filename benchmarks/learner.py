@@ -12,8 +12,8 @@ import numpy as np
 import ray
 import torch
 
+from actors.home import Home
 from actors.pool import SamplePool
-from actors.weights import WeightArrays
 from cluster.session import ResourcePlan, ray_session, spawn
 from learner.loop import learner_group, plan_steps
 from learner.update import update
@@ -63,7 +63,7 @@ class _Sink:
     def newest(self, than: int) -> None:
         pass
 
-    def publish(self, version: int, weights: WeightArrays, lent: list[Any], sha256: str) -> None:
+    def publish(self, version: int, lent: list[Any], sha256: str) -> None:
         ray.get(self._pool.seal.remote(version), timeout=60)
 
 
@@ -170,5 +170,5 @@ def _through_ray(config: Config, trajectories: list[Trajectory], updates: int) -
     policy = make_policy(config.env.image_size)
     ray.get(pool.seal.remote(0))
     with tempfile.TemporaryDirectory() as folder:
-        learner_group(config, policy, pool, spawn(_Sink, pool), recorder, Path(folder)).fit()
+        learner_group(config, policy, pool, spawn(_Sink, pool), recorder, Home.here(Path(folder), 60.0)).fit()
     return list(ray.get(recorder.rows.remote()))

@@ -34,8 +34,8 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     file = _inside(config_file)
     if config.run.dir is None or not Path(config.run.dir).is_absolute():
         raise UserError(
-            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on a "
-            "disk that all nodes share, for example run.dir=/shared/runs/first"
+            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
+            "cluster's head, for example run.dir=/var/runs/first"
         )
     # Ray tells of every ignore file that it reads.
     logging.getLogger("ray").setLevel(logging.ERROR)

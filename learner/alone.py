@@ -24,7 +24,7 @@ from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
 from ript_ray.data.shards import make_shard
 from ript_ray.envs import World, make
-from ript_ray.envs.rendering import choose
+from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.evaluation import before_and_after, evaluation_contexts, wilson_interval
 from ript_ray.policies.checkpoints import (
     build_policy,
@@ -34,6 +34,7 @@ from ript_ray.policies.checkpoints import (
     to_publish,
 )
 from ript_ray.policies.policy import Policy
+from ript_ray.reporting import versions
 from ript_ray.rollout import play, render_steps
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
@@ -62,8 +63,9 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     reports: dict[int, EpisodeReport] = {}
     advantages: dict[int, float] = {}
     trajectories: dict[int, Trajectory] = {}
-    episodes = 0
+    rows: list[dict[str, Any]] = []
     for step in range(config.train.updates):
+        rollouts_began = time.perf_counter()
         rewards: list[float] = []
         accepted: list[int] = []
         for group, rollouts in player.collect(sampler, accepted):
@@ -77,7 +79,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                     reports[i], trajectories[i] = EpisodeReport.of(rollout), rollout
                     advantages[i] = float(advantage)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
-        episodes += len(rewards)
+        learning_began = time.perf_counter()
+        rejected = len(rewards) // config.sampling.group_size - len(accepted)
         goal = config.train.stop_at
         if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
             say(f"train.stop_at={goal:g} is reached")
@@ -98,19 +101,33 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
-        row |= {"rollout/groups_accepted": len(accepted), "learner/steps": float(len(steps))}
+        row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
+        row |= {"rollout/seconds": learning_began - rollouts_began, "learner/steps": float(len(steps))}
+        row |= {"learner/busy_s": time.perf_counter() - learning_began}
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
+        rows.append(row)
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time()} | row) + "\n")
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     final = player.evaluate()
+
+    def sum_of(metric: str) -> Any:
+        return sum(row[metric] for row in rows)
+
+    rolled = sum_of("rollout/seconds")
     return {
         "env": config.env.id,
         "evaluation": {name: before_and_after(base[name], after) for name, after in final.items()},
-        "episodes": episodes,
+        "episodes": player.episodes,
+        "env_steps": player.env_steps,
+        "groups": {"accepted": sum_of("rollout/groups_accepted"), "rejected": sum_of("rollout/groups_rejected")},
         "updates": player.version,
         "weights_sha256": player.sha256,
-        "seconds": {"total": time.perf_counter() - began},
+        "errors": [],
+        # The learner has nothing to do while rollouts are played.
+        "seconds": {"rollout": rolled, "learner_busy": sum_of("learner/busy_s"), "learner_idle": rolled}
+        | {"total": time.perf_counter() - began},
+        "versions": versions(describe_renderer()),
     }
 
 
@@ -126,6 +143,7 @@ class Player:
         choose(None)
         self._config = config
         self._world: World | None = None
+        self.episodes = self.env_steps = 0
         self.adopt(policy, 0)
 
     def adopt(self, policy: Policy, version: int) -> None:
@@ -175,7 +193,7 @@ class Player:
     def _play(self, context: Context, guidance: float, explore: float) -> Trajectory:
         torch.set_num_threads(1)
         acting = self._config.policy
-        return play(
+        trajectory = play(
             self._enter(context.env_id),
             self.policy,
             context,
@@ -185,6 +203,8 @@ class Player:
             guidance=guidance,
             explore=explore,
         )
+        self.episodes, self.env_steps = self.episodes + 1, self.env_steps + len(trajectory)
+        return trajectory
 
     def _enter(self, env_id: str) -> World:
         if self._world is None or self._world.id != env_id:

@@ -20,8 +20,6 @@ from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
-from actors.home import Home
-from actors.weights import publish
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
@@ -41,9 +39,7 @@ _UNAVERAGED = "unaveraged-{:04d}"
 """Folder beside an update's checkpoint, of the weights that training goes on from where they are not those that act."""
 
 
-def learner_group(
-    config: Config, policy: Policy, pool: Any, store: Any, coordinator: Any, run_dir: Path
-) -> TorchTrainer:
+def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordinator: Any, home: Any) -> TorchTrainer:
     """The group of ``scaling.learners`` workers; its ``fit`` returns after ``train.updates`` updates.
 
     Args:
@@ -52,9 +48,9 @@ def learner_group(
         pool: handle of a `SamplePool`, which serves the samples.
         store: handle of a `WeightStore`, which takes the weights.
         coordinator: handle of a `Coordinator`, which takes metrics and progress.
-        run_dir: checkpoints go into its ``checkpoints`` folder.
+        home: the run's directory, an `actors.home.Home`; checkpoints go into its ``checkpoints`` folder.
     """
-    folder = str(run_dir.resolve())
+    folder = str(home.run_dir)
     scaling = config.scaling
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's Train tab is empty otherwise
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.heartbeat_timeout_s)  # ten minutes otherwise
@@ -67,7 +63,7 @@ def learner_group(
             "pool": pool,
             "store": store,
             "coordinator": coordinator,
-            "home": Home.here(run_dir, scaling.wait_timeout_s),
+            "home": home,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.learners,
@@ -110,8 +106,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
     acting = policy
     memory = PeakMemory()
-    home: Home = settings["home"]
-    checkpoints = home.run_dir / "checkpoints"
+    home = settings["home"]
+    checkpoints: Path = home.run_dir / "checkpoints"
     first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
     if published is not None:  # the group was restarted: the updates so far are done
@@ -159,7 +155,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                     save_policy(place, policy)
             with home.writing(checkpoints / f"{step + 1:04d}") as place:
                 save_policy(place, acting, about={"update": step + 1})
-            publish(store, step + 1, arrays, sha256, limit)
+            ray.get(store.publish.remote(step + 1, [ray.put(arrays)], sha256), timeout=limit)
         ray.train.report(row)
 
 
@@ -172,7 +168,7 @@ def _learn(
     rank: int,
     coordinator: Any,
     memory: PeakMemory,
-    home: Home,
+    home: Any,
 ) -> tuple[Policy, dict[str, float]]:
     """Update ``number``, see `update`, with its progress told and what was not finite saved.
 

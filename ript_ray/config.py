@@ -73,7 +73,8 @@ class PolicyConfig(_Section):
     execute: int = Field(default=10, ge=1, le=50)
     """Actions executed of each predicted chunk of 50."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """In which actors hold a π0; norms and small projections stay in float32, and so does what is trained."""
+    """Precision of a π0's weights in rollout actors; norms and small projections stay in float32, and so does what is
+    trained."""
     denoise_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions."""
     guidance: float = Field(default=1.0, ge=0.0)
@@ -232,7 +233,7 @@ class TrainConfig(_Section):
     lora_rank: int = Field(default=0, ge=0)
     """Train only low-rank changes of linear layers, of this rank, merged at the end of each update; 0: all weights."""
     lora_part: str = "all"
-    """Where, for example ``expert`` of π0."""
+    """Part of the policy that gets them, for example ``expert`` of π0."""
     checkpoint_activations: bool = False
     """π0: compute layers again in the backward pass instead of keeping their activations."""
     anchor: float = Field(default=0.0, ge=0.0)
@@ -280,7 +281,7 @@ class ScalingConfig(_Section):
     hang_timeout_s: float = Field(default=15.0, gt=0.0)
     """An actor whose simulator takes longer for one reset, step or frame is killed and started again."""
     actor_memory_gb: float = Field(default=4.0, gt=0.0)
-    """An actor that has more memory for itself is killed and started again."""
+    """An actor whose private memory exceeds this is killed and started again."""
     episode_timeout_s: float = Field(default=300.0, gt=0.0)
     """An actor that takes longer for one episode is killed and started again."""
     max_restarts: int = Field(default=2, ge=0)
@@ -347,7 +348,7 @@ class ConvertConfig(_Section):
     asset: str | None = None
     """Which of several statistics in a checkpoint; and openpi's name of those that are written."""
     normalise: Literal["z_score", "quantile"] | None = None
-    """By mean and deviation (π0, the default for it) or by quantiles (π0.5)."""
+    """By mean and deviation (π0) or by quantiles (π0.5); by default as a LeRobot checkpoint says, or as its kind does."""
     relative: int = Field(default=0, ge=0)
     """So many first action dimensions are relative to the state: 6 for openpi's ``pi0_libero``."""
     horizon: int | None = Field(default=None, ge=1, le=50)

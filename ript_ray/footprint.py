@@ -84,5 +84,7 @@ def _kept_for_the_backward_pass(policy: Policy, batch: Batch, config: Config, ob
     ):
         draw = Draw(policy, batch, noise, time, time, reference)
         loss = find_objective(objective.name)(draw, objective).per_sample.sum()
+        if config.train.anchor > 0:  # the anchor's own pass has no gradients and keeps nothing, so any policy will do
+            loss = loss + draw.change_since(policy).sum()
     del loss  # the graph lives until here
     return float(sum(storage.nbytes() for storage in kept.values()))

@@ -16,8 +16,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 _HEAD = """# All settings
 
 Every command takes `--config FILE` and `section.key=value`; files in `configs/` show the usual ones. An unknown key or
-a wrong value is an error before anything starts. This page is made from `ript_ray/config.py` by
-`python -m ript_ray.reference`.
+a wrong value is an error before anything starts. The column "default" holds for keys that neither names. A command
+without `--config` reads `configs/default.yaml`, which changes some of them; another file replaces that one and does not
+extend it. This page is made from `ript_ray/config.py` by `python -m ript_ray.reference`.
 """
 
 
@@ -42,7 +43,9 @@ def _expected(setting: FieldInfo) -> str:
         for kind, sign, name in ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt")):
             if isinstance(limit, kind):
                 bounds.append(f"{sign} {getattr(limit, name):g}")
-    return " ".join([_type(setting.annotation), *([", ".join(bounds)] if bounds else [])])
+    words = _type(setting.annotation)
+    plain = words.removesuffix(" or null")
+    return " ".join([plain, ", ".join(bounds)]) + (", or null" if plain != words else "") if bounds else words
 
 
 def _type(annotation: Any) -> str:
@@ -50,8 +53,6 @@ def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is type(None):
         return "null"
-    if annotation is Any:
-        return "anything"
     if origin is None:
         return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
     if origin is tuple and arguments[-1] is Ellipsis:
@@ -59,7 +60,7 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"[{', '.join(_type(a) for a in arguments)}]"
     if origin is dict:
-        return f"{_type(arguments[1])} by name"
+        return f"mapping from {'key to list or range' if arguments[1] is Any else 'name to text'}"
     if all(isinstance(a, str) for a in arguments):
         return ", ".join(f"`{a}`" for a in arguments)
     return " or ".join(_type(a) for a in arguments)

@@ -54,9 +54,12 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     When the second is a file that does not exist, the first one's stages are written to it.
     """
     from ript_ray.policies import compare as stages
-    from ript_ray.policies.checkpoints import load_policy
+    from ript_ray.policies.checkpoints import load_policy, load_shape
 
-    seen = stages.observations(resolve(config.data.demos), config.env.image_size)
+    folders = [Path(path) for path in (first, second) if Path(path).is_dir()]
+    sizes = [load_shape(folder).transform.frame_size for folder in folders]
+    frame_size = next((size for size in sizes if size is not None), None)
+    seen = stages.observations(resolve(config.data.demos), frame_size, config.env.image_size)
 
     def side(path: Path) -> stages.Stages:
         return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
@@ -78,7 +81,9 @@ def stats(source: str, target: str, config: Config) -> dict[str, Any]:
 
     chosen = config.convert
     result = norm_stats(
-        lambda: read_demonstrations(Path(source), config.env.ids[0]), chosen.relative, chosen.horizon or 50
+        lambda: read_demonstrations(Path(source), config.env.ids[0], frames=False),
+        chosen.relative,
+        chosen.horizon or 50,
     )
     write_json(Path(target), {"norm_stats": result})
     sizes = {name: len(group["mean"]) for name, group in result.items()}

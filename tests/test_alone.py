@@ -28,7 +28,7 @@ def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_
     finish(start(*settings, "scaling.actors=1", f"run.dir={tmp_path / 'ray'}"))
     assert main(["train", *settings, "scaling.ray=false", f"run.dir={tmp_path / 'alone'}"]) == 0
     expected, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "alone"))
-    for key in ("weights_sha256", "evaluation", "updates"):
+    for key in ("weights_sha256", "evaluation", "updates", "episodes", "env_steps", "groups", "errors", "versions"):
         assert found[key] == expected[key], key
 
     def rows(name: str) -> dict[tuple[int, str], float]:
@@ -55,6 +55,30 @@ def test_an_update_without_samples_leaves_the_policy_as_it_is(point_start: Path,
     learnt, kept = (load_policy(run / "checkpoints" / name) for name in ("0001", "0002"))
     assert weights_sha256(cpu_weights(kept)) == weights_sha256(cpu_weights(learnt))
     assert weights_sha256(cpu_weights(kept)) != weights_sha256(cpu_weights(load_policy(point_start)))
+
+
+def test_a_run_without_ray_tells_its_story(
+    point_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "train.updates=2"]
+    run = tmp_path / "run"
+    assert main(["train", *settings, f"run.dir={run}"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["episodes"] == sum(row["rollout/episodes"] for row in rows) + 2 * 4  # four before, four after
+    assert summary["episodes"] <= summary["env_steps"] <= 30 * summary["episodes"]
+    assert sum(summary["groups"].values()) == sum(row["rollout/episodes"] for row in rows) / 4
+    seconds = summary["seconds"]
+    assert seconds["rollout"] + seconds["learner_busy"] < seconds["total"]
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "finished: 2 updates" in said
+    assert "no faults" in said
+    assert main(["report", str(run)]) == 0
+    assert '"finished":true' in (run / "report.html").read_text()
+    assert main(["compare-runs", str(run), str(run)]) == 0
+    assert "the same settings" in capsys.readouterr().out
 
 
 def test_the_goal_ends_training(point_start: Path, tmp_path: Path) -> None:

@@ -227,7 +227,11 @@ def test_nodes_need_not_share_a_disk(point_start: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     command = [sys.executable, "launch.py", "train", "--config", "configs/cluster.yaml", *settings, "train.mode=sync"]
     subprocess.run(
-        [*command, f"run.dir={alone}", "scaling.learners=1"], cwd=ROOT, check=True, capture_output=True, timeout=300
+        [*command, f"run.dir={alone}", "scaling.learners=1", "scaling.address=null"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=300,
     )
 
     with three_nodes(["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(disk)]) as cluster:

@@ -8,12 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_policy
+from test_lerobot import complete
 from test_pi0 import TOKENIZER, make_batch, make_config, make_pi0
 
 import launch
+from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import save_policy
 from ript_ray.policies.compare import compare, load_stages, save_stages, stages_of
@@ -126,6 +129,24 @@ def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path
     (tmp_path / "bad.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=r"bad\.safetensors cannot be read"):
         load_stages(tmp_path / "bad.safetensors")
+
+
+def test_what_is_no_number_differs() -> None:
+    good, bad = {"action": np.array([0.0, 1.0])}, {"action": np.array([0.0, np.nan])}
+    for result in (compare(good, bad), compare(bad, good)):
+        assert result.first is not None
+        assert "the first stage that differs is 'action'" in result.describe()
+
+
+def test_frames_of_a_dataset_are_scaled_to_what_the_policies_take(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "demos", [complete(4, 0, size=(24, 40))])
+    save_policy(tmp_path / "small", make_policy(image_size=32))
+    save_policy(tmp_path / "pi0", make_pi0(make_config()))
+    for name, size in (("small", (32, 32)), ("pi0", (24, 40))):
+        stages = tmp_path / f"{name}.safetensors"
+        command = ["compare", str(tmp_path / name), str(stages), f"data.demos={tmp_path / 'demos'}"]
+        assert launch.main(command) == 0
+        assert load_stages(stages)["frames"].shape == (4, 2, *size, 3)
 
 
 def test_the_small_policy_has_stages_too(tmp_path: Path) -> None:

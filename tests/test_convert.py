@@ -12,10 +12,12 @@ import torch
 from conftest import make_policy
 from pi0_reference import Sizes, random_weights
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_tensors
 from test_pi0 import SENTENCES, TOKENIZER, make_batch
 
 import launch
-from ript_ray.policies.checkpoints import load_policy, save_policy
+from ript_ray.policies.checkpoints import load_policy, save_policy, to_publish
+from ript_ray.policies.pi0.layout import from_openpi
 from ript_ray.policies.pi0.prompt import prompt_tokens
 
 SIZES = {
@@ -105,6 +107,81 @@ def test_an_openpi_checkpoint_acts_as_the_reference_and_goes_back_byte_for_byte(
     for group, size in (("state", 8), ("actions", 7)):
         for name in ("q01", "q99") if pi05 else ("mean", "std"):
             np.testing.assert_allclose(written[group][name], stats[group][name][:size], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_source_of_less_precision_becomes_float32_of_the_same_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, weights = make_openpi(tmp_path / "theirs", pi05=False)
+    rough = {name: torch.from_numpy(w).to(dtype) for name, w in weights.items()}
+    save_tensors(rough, tmp_path / "theirs" / "model.safetensors")
+    assert launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    policy, batch = load_policy(tmp_path / "ours"), make_batch(2)
+    published, _ = to_publish(policy)
+    for name, tensor in rough.items():
+        expected = torch.tensor(tensor.tolist(), dtype=torch.float32)
+        np.testing.assert_array_equal(published[from_openpi(name)], expected.numpy(), strict=True)
+    acted, _ = policy.act(batch.frames, batch.states, batch.instructions, torch.randn(2, 50, 32))
+    assert acted.isfinite().all()
+
+
+def test_statistics_of_a_robot_keep_what_stands_still_and_padding_goes(tmp_path: Path) -> None:
+    make_openpi(tmp_path / "theirs", pi05=False, padded=8)  # the last of eight action dimensions is always 0
+    assert launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "robot")]) == 0
+    assert len(load_policy(tmp_path / "robot").transform.action_mean) == 8
+    make_openpi(tmp_path / "padded", pi05=False, padded=32)
+    assert launch.main(["convert", str(tmp_path / "padded"), str(tmp_path / "trimmed")]) == 0
+    assert len(load_policy(tmp_path / "trimmed").transform.action_mean) == 7
+
+
+def test_lerobot_s_own_words_on_normalisation_and_relative_actions_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "theirs"
+    make_openpi(theirs, pi05=True)
+    stats = json.loads((theirs / "assets/libero/norm_stats.json").read_text())["norm_stats"]
+    middles = {"state": stats["state"]["mean"][:8], "actions": stats["actions"]["mean"][:7]}
+    # Quantiles that are not as far from the mean on both sides.
+    stats["state"]["q99"], stats["actions"]["q99"] = (
+        [high + 1 if high else 0 for high in stats[group]["q99"]] for group in ("state", "actions")
+    )
+    (theirs / "assets/libero/norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
+
+    def converted(config: dict[str, object], *settings: str) -> tuple[bool, bool]:
+        """Are state and actions normalised by their means?"""
+        (theirs / "config.json").write_text(json.dumps({"type": "pi05", "chunk_size": 50} | config))
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert launch.main(["convert", str(theirs), str(target), *settings]) == 0
+        transform = load_policy(target).transform
+        found = (transform.state_mean, transform.action_mean)
+        return found[0] == tuple(middles["state"]), found[1] == tuple(middles["actions"])
+
+    def refused(config: dict[str, object]) -> str:
+        (theirs / "config.json").write_text(json.dumps({"type": "pi05"} | config))
+        assert launch.main(["convert", str(theirs), str(tmp_path / "never")]) == 2
+        return capsys.readouterr().err
+
+    def mapping(state: str, action: str) -> dict[str, object]:
+        return {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": state, "ACTION": action}}
+
+    assert converted({}) == (False, False)
+    assert converted(mapping("QUANTILES", "MEAN_STD")) == (False, True)
+    assert converted(mapping("QUANTILES", "MEAN_STD"), "convert.normalise=z_score") == (True, True)
+    assert "actions by MIN_MAX; expected MEAN_STD or QUANTILES" in refused(mapping("MEAN_STD", "MIN_MAX"))
+    relative = mapping("MEAN_STD", "MEAN_STD") | {"use_relative_actions": True}
+    assert "set convert.relative" in refused(relative)
+    assert converted(relative, "convert.relative=6")[0]
+
+    norm_map = mapping("MEAN_STD", "QUANTILES")["normalization_mapping"]
+    for kind, step in (("pre", "normalizer_processor"), ("post", "unnormalizer_processor")):
+        steps = [
+            {"registry_name": "relative_actions_processor", "config": {"enabled": False, "exclude_joints": []}},
+            {"registry_name": step, "config": {"eps": 1e-8, "features": {}, "norm_map": norm_map}},
+        ]
+        (theirs / f"policy_{kind}processor.json").write_text(json.dumps({"name": kind, "steps": steps}))
+    assert converted(mapping("QUANTILES", "MEAN_STD")) == (True, False)
+    steps[0]["config"]["enabled"] = True
+    (theirs / "policy_preprocessor.json").write_text(json.dumps({"name": "pre", "steps": steps[:1]}))
+    assert "set convert.relative" in refused({})
 
 
 def test_a_learnt_condition_becomes_part_of_the_exported_state_token(tmp_path: Path) -> None:

@@ -15,17 +15,24 @@ import pytest
 import ray.autoscaler
 import yaml
 
+from cluster.session import Node, ResourcePlan
 from ript_ray.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"
 
 
-def job_of(entrypoint: str) -> Config:
+def job_of(entrypoint: str, command: str = "train") -> Config:
     """The configuration that a job with this command line has."""
     words = shlex.split(entrypoint)
-    assert words[:4] == ["python", "launch.py", "train", "--config"]
+    assert words[:4] == ["python", "launch.py", command, "--config"]
     return load_config(ROOT / words[4], words[5:])
+
+
+def assert_fits(config: Config, nodes: list[Node]) -> None:
+    """The job has room on these nodes, and its learners use the GPUs that are there for them."""
+    ResourcePlan.of(config.scaling).check(nodes)
+    assert config.scaling.learners * config.scaling.learner_gpus == sum(node.gpus for node in nodes)
 
 
 def test_the_file_for_ray_up_follows_rays_schema() -> None:
@@ -40,6 +47,21 @@ def test_the_file_for_ray_up_follows_rays_schema() -> None:
     assert sum(kind["max_workers"] for kind in kinds.values()) <= cluster["max_workers"]
 
 
+def test_the_command_in_the_file_for_ray_up_fits_the_nodes() -> None:
+    text = (DEPLOY / "ray-up.yaml").read_text()
+    (command,) = re.findall(r"^#   (python .*\\\n(?:#     .*\n)+)", text, re.MULTILINE)
+    kinds = yaml.safe_load(text)["available_node_types"]
+    nodes = [
+        Node(kind["resources"]["CPU"], kind["resources"].get("GPU", 0), kind.get("labels", {}))
+        for kind in kinds.values()
+        for _ in range(kind["min_workers"])
+    ]
+    config = job_of(re.sub(r"\\\n#", "", command), "submit")
+    assert_fits(config, nodes)
+    assert config.run.dir is not None
+    assert Path(config.run.dir).is_absolute()
+
+
 def test_the_kuberay_job_runs_this_project_with_labels_that_exist() -> None:
     job = yaml.safe_load((DEPLOY / "kuberay-rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -51,13 +73,20 @@ def test_the_kuberay_job_runs_this_project_with_labels_that_exist() -> None:
     for name, labels in (("rollout", config.scaling.actor_labels), ("learner", config.scaling.learner_labels)):
         assert groups[name]["labels"] == labels
         assert groups[name]["minReplicas"] <= groups[name]["replicas"] <= groups[name]["maxReplicas"]
+    nodes = []
+    for group in groups.values():
+        (container,) = group["template"]["spec"]["containers"]
+        limits = container["resources"]["limits"]
+        nodes += group["replicas"] * [Node(int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0)), group["labels"])]
+    assert_fits(config, nodes)
     for group in (spec["headGroupSpec"], *groups.values()):
         assert "labels" not in group["rayStartParams"]  # KubeRay refuses them there
         pod: dict[str, Any] = group["template"]["spec"]
         (container,) = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        shared = next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "shared")
-        assert str(config.run.dir).startswith(f"{shared}/")
+    (driver,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    kept = next(mount["mountPath"] for mount in driver["volumeMounts"] if mount["name"] == "runs")
+    assert str(config.run.dir).startswith(f"{kept}/")
 
 
 def test_the_container_holds_all_that_the_project_is() -> None:

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import launch
 from ript_ray.data.hdf5 import read_hdf5
 from ript_ray.data.lerobot.layout import LEROBOT_KEYS, Keys, describe_dataset
 from ript_ray.data.lerobot.read import read_dataset
@@ -505,11 +506,39 @@ def test_wrong_choices_are_named(tmp_path: Path) -> None:
 
 
 def test_cameras_of_different_sizes(tmp_path: Path) -> None:
-    so100(tmp_path, films=False)
-    write_dataset(tmp_path / "d", [complete(4, 0)])
-    replaced(tmp_path / "d/meta/info.json", "8,", "9,", count=1)
-    with pytest.raises(UserError, match="bring them to one with image_size"):
-        read_all(tmp_path / "d")
+    """They become squares of the longest side, which leaves a camera that has it as it is but for bars."""
+    made = complete(4, 0, size=(8, 12))
+    write_dataset(tmp_path / "d", [made])
+    other = np.random.default_rng(1).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+    (file,) = (tmp_path / "d/data").rglob("*.parquet")
+    table = pq.read_table(file)
+    name = "wrist_image"
+    cells = pa.array([{"bytes": png(frame), "path": None} for frame in other], table.schema.field(name).type)
+    pq.write_table(table.set_column(table.column_names.index(name), table.schema.field(name), cells), file)
+    info = json.loads((tmp_path / "d/meta/info.json").read_text())
+    info["features"][name]["shape"] = [6, 8, 3]
+    (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
+    (read,) = read_all(tmp_path / "d")
+    assert read.frames.shape == (4, 2, 12, 12, 3)
+    np.testing.assert_array_equal(read.frames[:, 0, 2:10], made.frames[:, 0])
+    assert not read.frames[:, 0, [0, 1, 10, 11]].any()
+    scaled = [np.asarray(Image.fromarray(frame).resize((12, 9), Image.Resampling.BILINEAR)) for frame in other]
+    np.testing.assert_array_equal(read.frames[:, 1, 1:10], scaled)
+
+
+def test_frames_that_nobody_needs_are_not_read(tmp_path: Path) -> None:
+    made = complete(5, 0)
+    write_dataset(tmp_path / "d", [made])
+    (file,) = (tmp_path / "d/data").rglob("*.parquet")
+    columns = pq.read_table(file).to_pydict()
+    columns["image"][0] = {"bytes": b"PNG", "path": None}
+    pq.write_table(pa.table(columns, pq.read_schema(file)), file)
+    (read,) = read_all(tmp_path / "d", frames=False)
+    assert (read.frames.size, read.frame_steps.size) == (0, 0)
+    np.testing.assert_array_equal(read.states, made.states)
+    assert launch.main(["stats", str(tmp_path / "d"), str(tmp_path / "stats.json")]) == 0
+    found = json.loads((tmp_path / "stats.json").read_text())["norm_stats"]
+    np.testing.assert_allclose(found["state"]["mean"], made.states.mean(0), rtol=1e-5)
 
 
 # Damage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -34,33 +35,43 @@ def a_batch(rows: int, size: int) -> Batch:
     )
 
 
-def live_bytes_after_forward(policy: Policy, rows: int, size: int, precision: str) -> float:
+def live_bytes_after_forward(policy: Policy, rows: int, size: int, precision: str, anchor: float) -> float:
     """What PyTorch's profiler saw allocated and not freed again, while the loss and its graph are there."""
     batch = a_batch(rows, size)
     noise, time = torch.randn(rows, policy.horizon, policy.action_dim), torch.full((rows,), 0.5)
+    start = copy.deepcopy(policy).requires_grad_(False)
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled,
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
     ):
         draw = Draw(policy, batch, noise, time, time, None)
         loss = find_objective("cfg")(draw, ObjectiveConfig()).per_sample.sum()
+        if anchor:
+            loss = loss + anchor * draw.change_since(start).sum()
     live = sum(event.self_cpu_memory_usage for event in profiled.events())
     loss.backward()
     return live
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("flow", "float32"), ("pi0_tiny", "bfloat16")])
-def test_what_an_update_takes_is_what_one_takes(kind: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision", "anchor"),
+    [("flow", "float32", 0.0), ("flow", "float32", 0.1), ("pi0_tiny", "bfloat16", 0.0), ("pi0_tiny", "bfloat16", 0.1)],
+)
+def test_what_an_update_takes_is_what_one_takes(kind: str, precision: str, anchor: float) -> None:
     from ript_ray.config import ConvertConfig
     from ript_ray.policies.pi0.convert import random_policy
 
     policy: Policy = make_policy() if kind == "flow" else random_policy(kind, ConvertConfig())
     policy.train()
     config = Config.model_validate(
-        {"train": {"micro_batch": 32, "precision": precision}, "env": {"image_size": 32}, "scaling": {"learners": 1}}
+        {
+            "train": {"micro_batch": 32, "precision": precision, "anchor": anchor},
+            "env": {"image_size": 32},
+            "scaling": {"learners": 1},
+        }
     )
     told = update_footprint(policy, config, cameras=2, state_dim=8, action_dim=7)
-    live = live_bytes_after_forward(policy, 32, 32, precision)
+    live = live_bytes_after_forward(policy, 32, 32, precision, anchor)
     # Autocast keeps its copies of the weights, too; the graph holds some kilobytes of its own.
     assert told["activations of 32 windows"] == pytest.approx(live, rel=0.15)
     parameters = [p for p in policy.parameters() if p.grad is not None]

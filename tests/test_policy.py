@@ -51,6 +51,21 @@ def test_fitted_statistics_normalise_the_data() -> None:
     assert Transform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
 
 
+@pytest.mark.parametrize("relative", [None, (True, True, False)])
+def test_a_state_may_be_shorter_than_an_action(relative: tuple[bool, ...] | None) -> None:
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(3, 2, (500, 2)), rng.normal(-1, 0.3, (500, 3))
+    transform = Transform.fit(states, actions, image_size=32, relative=relative)
+    expected = actions if relative is None else actions - np.hstack([states, np.zeros((500, 1))])
+    np.testing.assert_allclose(transform.action_mean, expected.mean(0))
+    chunks, before = torch.tensor(actions)[:, None], torch.tensor(states)
+    encoded = transform.encode_actions(chunks, before)
+    np.testing.assert_allclose(encoded[:, 0], (expected - expected.mean(0)) / (expected.std(0) + 1e-6))
+    torch.testing.assert_close(transform.decode_actions(encoded, before), chunks)
+    with pytest.raises(UserError, match="the state has 2 dimensions"):
+        Transform.fit(states, actions, image_size=32, relative=(False, False, True))
+
+
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"env\.image_size=16"):
         make_policy().transform.encode_images(torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8))
@@ -119,14 +134,17 @@ def test_training_times_follow_their_distribution() -> None:
     assert (t > 0.9).float().mean().item() == pytest.approx(1 - ((0.9 - 0.001) / 0.999) ** 1.5, abs=0.005)
 
 
-def test_shifting_moves_pixels_and_repeats_the_border() -> None:
-    frames = make_batch(4).frames
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 32), (32, 20)])
+def test_shifting_moves_pixels_and_repeats_the_border(height: int, width: int) -> None:
+    frames = make_batch(4).frames[:, :, :height, :width]
     shifted = shift_images(frames, 3, torch.Generator().manual_seed(1))
+    offsets = torch.randint(-3, 4, (4, 2, 2), generator=torch.Generator().manual_seed(1))
     padded = np.pad(frames.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
     for row in range(4):
         for camera in range(2):
-            views = [padded[row, camera, r : r + 32, c : c + 32] for r in range(7) for c in range(7)]
-            assert any(np.array_equal(view, shifted[row, camera]) for view in views)
+            down, right = (3 + offsets[row, camera]).tolist()
+            view = padded[row, camera, down : down + height, right : right + width]
+            np.testing.assert_array_equal(shifted[row, camera], view)
     assert torch.equal(shift_images(frames, 0, torch.Generator()), frames)
 
 

@@ -21,6 +21,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from actors.dispatcher import Dispatcher, Episode
+from actors.home import Home
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor
 from actors.weights import WeightStore, publish
@@ -207,7 +208,7 @@ def test_weights_that_cannot_be_kept_are_not_announced() -> None:
     store = WeightStore.remote()
     publish(store, 0, {"w": np.zeros(3)}, "hash")
     with pytest.raises(TypeError):
-        ray.get(store.publish.remote(1, Unputtable(), [ray.put(1)], "other"), timeout=60)
+        ray.get(store.publish.remote(1, [ray.put(Unputtable())], "other"), timeout=60)
     assert ray.get(store.newest_version.remote()) == (0, "hash")
 
 
@@ -227,7 +228,7 @@ def learn(
     policy = make_policy()
     thread = threading.Thread(target=meanwhile or (lambda _: None), args=(log,), daemon=True)
     thread.start()
-    learner_group(config, policy, pool, store, log, run_dir).fit()
+    learner_group(config, policy, pool, store, log, Home.here(run_dir, 60.0)).fit()
     thread.join(timeout=60)
     version, (reference,) = ray.get(store.newest.remote(-1))
     assert version == config.train.updates

@@ -82,6 +82,28 @@ def test_rare_good_rows_get_their_share_of_each_batch() -> None:
     assert batches_with_good(np.zeros(0, dtype=bool), 0.25, 4, 16, [1], 30).shape == (0, 16)
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "each"),
+    [
+        (25, 0.25, 4),  # exactly the share
+        (60, 0.25, 10),  # more: 9.6 on average
+        (99, 0.25, 15),  # almost all: no row is left out
+        (60, 0.7, 12),  # fewer
+        (60, 0.0, None),
+    ],
+)
+def test_the_share_of_good_rows_is_kept_in_every_batch(count: int, share: float, each: int | None) -> None:
+    good = np.arange(100) < count
+    order = batches_with_good(good, share, epochs=4, batch_size=16, seed=[1], min_steps=30)
+    assert order.shape == (30, 16)
+    if each is None:
+        np.testing.assert_array_equal(order, shuffled_batches(100, 4, 16, [1], 30))
+        return
+    assert (good[order].sum(1) == each).all()
+    assert each >= share * 16
+    assert set(order.ravel()) == set(range(100))
+
+
 def test_trajectories_survive_the_disk(tmp_path: Path) -> None:
     made = [make_trajectory(60, seed=1), make_trajectory(55, success=False, seed=2)]
     made[0].labels = made[0].actions + 1

@@ -246,11 +246,71 @@ class NoSuccess(gym.Env[dict[str, np.ndarray], np.ndarray]):
 gym.register("tests/NoSuccess-v0", entry_point=NoSuccess)
 
 
+class Unbounded(NoSuccess):
+    """Takes any number."""
+
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+gym.register("tests/Unbounded-v0", entry_point=Unbounded)
+
+
+class Buffers(NoSuccess):
+    """Counts its steps in the very arrays that it returns, and gives up after seven."""
+
+    def reset(self, **_: Any) -> Any:
+        self._view, self._state = np.zeros((8, 8, 3), np.uint8), np.zeros(1, np.float32)
+        return self._seen(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        self._view += 1
+        self._state += 1
+        return self._seen(), 0.0, False, bool(self._state[0] == 7), {"success": False}
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        return {"view": self._view, "state": self._state}
+
+
+gym.register("tests/Buffers-v0", entry_point=Buffers, max_episode_steps=4, disable_env_checker=True)
+
+
+def test_an_environment_may_return_its_own_buffers() -> None:
+    from ript_ray.rollout import Recorder
+    from ript_ray.types import Context
+
+    world = GymnasiumWorld("tests/Buffers-v0", 8)
+    observation, _ = world.reset(seed=0)
+    recorder = Recorder(world, Context(world.id, 0, 0))
+    for _ in range(4):
+        recorder.add(observation, np.zeros(1))
+        observation, *_ = world.step(np.zeros(1))
+    trajectory = recorder.finish(success=False, policy_version=0)
+    assert trajectory.states[:, 0].tolist() == [0, 1, 2, 3]
+    assert trajectory.tickets["view"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert len(set(trajectory.state_hashes.tolist())) == 5
+
+
+@pytest.mark.parametrize(("max_steps", "length"), [(None, 4), (3, 3), (6, 6), (20, 7)])
+def test_an_episode_ends_at_the_step_limit_or_when_the_environment_truncates_it(
+    max_steps: int | None, length: int
+) -> None:
+    world = GymnasiumWorld("tests/Buffers-v0", 8, max_steps)
+    world.reset(seed=0)
+    ends = [world.step(np.zeros(1))[2:4] for _ in range(length)]
+    assert ends == [(False, False)] * (length - 1) + [(False, True)]
+    with pytest.raises(gym.error.ResetNeeded):
+        world.step(np.zeros(1))
+
+
 def test_what_a_gymnasium_environment_lacks_is_named() -> None:
     with pytest.raises(UserError, match="expected a dictionary with frames"):
         GymnasiumWorld("CartPole-v1", 32)
     with pytest.raises(UserError, match="doesn't exist"):
         GymnasiumWorld("Nowhere-v0", 32)
+    with pytest.raises(UserError, match=r"gymnasium/my_pakage\.env:Foo-v0'.*'my_pakage.*check both names"):
+        GymnasiumWorld("my_pakage.env:Foo-v0", 32)
+    with pytest.raises(UserError, match=r"tests/Unbounded-v0'.*takes Box\(-inf, inf.*finite bounds"):
+        GymnasiumWorld("tests/Unbounded-v0", 8)
     with pytest.raises(UserError, match=r"set env\.image_size=8"):
         GymnasiumWorld("tests/NoSuccess-v0", 32)
     world = GymnasiumWorld("tests/NoSuccess-v0", 8)

@@ -24,20 +24,24 @@ from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, Start, Trajectory
 
 
-def read_demonstrations(path: Path, env_id: str, every: int = 1, image_size: int | None = None) -> Iterator[Trajectory]:
+def read_demonstrations(
+    path: Path, env_id: str, every: int = 1, image_size: int | None = None, frames: bool = True
+) -> Iterator[Trajectory]:
     """Trajectories of a file of this project, a LeRobot dataset (a folder) or LIBERO's HDF5, one at a time.
 
     Args:
         path: of the file or folder.
         env_id: task that the contexts of foreign demonstrations name.
         every: of foreign ones keep only the frames of every so-many-th step.
-        image_size: scale the frames of a LeRobot dataset to this height and width; as they are by default.
+        image_size: scale the frames of a LeRobot dataset to this height and width; by default they stay as they are,
+            or, where its cameras differ in size, become squares of the longest side.
+        frames: False leaves those of a LeRobot dataset unread, for who needs none.
 
     Raises:
         UserError: when it is missing, damaged or of none of these kinds.
     """
     if path.is_dir():
-        return read_dataset(path, env_id=env_id, every=every, image_size=image_size)
+        return read_dataset(path, env_id=env_id, every=every, image_size=image_size, frames=frames)
     if path.suffix in (".hdf5", ".h5"):
         from ript_ray.data.hdf5 import read_hdf5
 

@@ -1,4 +1,4 @@
-"""SO100 windows: every stretch of 50 actions of a trajectory is a sample. Windows are indices, never copies."""
+"""Windows: every stretch of 50 actions of a trajectory is a sample. They are indices, never copies."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def batches_with_good(
 ) -> np.ndarray:
     """Rows as `shuffled_batches` gives them, but at least a share of each batch is good: int32[steps, batch_size].
 
-    Where too few rows are good, those are repeated more often than the others; the number of steps does not change.
+    Where too few rows are good, those are repeated more often than the others; where more are, each batch has as many
+    as they are on average. The number of steps does not change.
 
     Args:
         good: which rows are, bool[N].
@@ -148,9 +149,10 @@ def batches_with_good(
         min_steps: at least so many batches.
     """
     order = shuffled_batches(len(good), epochs, batch_size, seed, min_steps)
-    wanted = math.ceil(share * batch_size)
-    if not good.any() or good.mean() * batch_size >= wanted:
+    if share == 0 or not good.any() or good.all():
         return order
+    # Rounding alone leaves no good row out, and no other.
+    wanted = max(math.ceil(share * batch_size), min(round(float(good.mean()) * batch_size), batch_size - 1))
     steps = len(order)
     parts = []
     for i, (rows, count) in enumerate(((np.flatnonzero(good), wanted), (np.flatnonzero(~good), batch_size - wanted))):

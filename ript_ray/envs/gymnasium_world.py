@@ -24,12 +24,13 @@ class GymnasiumWorld(World):
     instruction is the environment's attribute ``instruction``, else its name. The i-th initial state is what seed i
     gives.
 
-    A frame cannot be made later in general, so tickets hold the frames themselves.
+    An episode ends with success, when the environment ends or truncates it, or at the step limit. A frame cannot be
+    made later in general, so tickets hold the frames themselves.
 
     Args:
         name: gymnasium's identifier, for example ``ript_ray/PointReach-v0``.
         image_size: height and width of its frames, which are taken as they are.
-        max_steps: step limit; the registered one or 200 by default.
+        max_steps: step limit, in the place of the registered one; that one or 200 by default.
 
     Raises:
         UserError: when the environment cannot be made or does not fit the description above.
@@ -41,9 +42,12 @@ class GymnasiumWorld(World):
         import ript_ray.envs.point_reach  # noqa: F401  (registers)
 
         try:
-            self._env = gym.make(name)
-        except gym.error.Error as error:
-            raise UserError(f"env.id='gymnasium/{name}': {error}") from error
+            self._env = gym.make(name, max_episode_steps=max_steps)
+        except (gym.error.Error, ImportError) as error:
+            raise UserError(
+                f"env.id='gymnasium/{name}': {str(error).rstrip('.')}; expected what is registered with gymnasium, if "
+                "need be after the module that registers it (my_package.my_env:MyEnv-v0), which can be imported"
+            ) from error
         self.id = f"gymnasium/{name}"
         spaces = self._env.observation_space
         parts = spaces.spaces if isinstance(spaces, gym.spaces.Dict) else {}
@@ -53,6 +57,11 @@ class GymnasiumWorld(World):
             raise UserError(
                 f"env.id={self.id!r}: expected a dictionary with frames (uint8 [H, W, 3]) and 'state', and actions in "
                 f"a box; it returns {spaces} and takes {actions}; wrap it to that form"
+            )
+        if not actions.is_bounded():
+            raise UserError(
+                f"env.id={self.id!r}: expected actions in a box with finite bounds, to which [−1, 1] is scaled; it "
+                f"takes {actions}; give its action_space finite bounds"
             )
         for camera in self.cameras:
             if parts[camera].shape != (image_size, image_size, 3):
@@ -97,13 +106,13 @@ class GymnasiumWorld(World):
         scaled = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
         space = self._env.action_space
         with self.guard("step"):
-            observation, _, ended, _, info = self._env.step(scaled.reshape(space.shape).astype(space.dtype))
+            observation, _, ended, cut, info = self._env.step(scaled.reshape(space.shape).astype(space.dtype))
         self.physics_seconds += time.perf_counter() - started
         if "success" not in info:
             raise UserError(f"env.id={self.id!r}: step() returned no info['success']; wrap the environment to say so")
         success = bool(info["success"])
         self.elapsed_steps += 1
-        truncated = not success and (ended or self.elapsed_steps >= self.max_steps)
+        truncated = not success and (ended or cut or self.elapsed_steps >= self.max_steps)
         self._over = success or truncated
         return self._observe(observation), float(success), success, truncated, {"success": success}
 
@@ -148,10 +157,11 @@ class GymnasiumWorld(World):
         self._env.close()
 
     def _observe(self, observation: dict[str, Any]) -> LazyObservation:
-        ticket = {camera: np.ascontiguousarray(observation[camera]) for camera in self.cameras}
+        # Copies: an environment may return its own buffers, and go on writing into them.
+        ticket = {camera: np.array(observation[camera], order="C") for camera in self.cameras}
         self._frames += len(ticket)
         values = {
-            "state": np.asarray(observation["state"], dtype=np.float32).ravel(),
+            "state": np.array(observation["state"], dtype=np.float32).ravel(),
             "instruction": self.instruction,
         }
         self._last = LazyObservation(values, self.cameras, ticket, self.render_ticket)

@@ -34,7 +34,7 @@ class Difference:
 
     stage: str
     largest: float
-    """Largest absolute difference; infinite where the shapes differ."""
+    """Largest absolute difference; infinite where the shapes differ, NaN where one has NaN."""
     mean: float
     """Mean absolute difference."""
     deviation: float
@@ -51,14 +51,15 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first stage that differs by more than rounding."""
-        return next((d for d in self.differences if d.largest > self.tolerance * max(d.deviation, 1e-3)), None)
+        """The first stage that differs by more than rounding, or by something that is no number."""
+        # Not "larger than": NaN is not larger than anything.
+        return next((d for d in self.differences if not d.largest <= self.tolerance * max(d.deviation, 1e-3)), None)
 
     def describe(self) -> str:
         """A table, and a sentence on where they part."""
         lines = [f"{'stage':<16}{'largest':>12}{'mean':>12}{'of deviation':>14}"]
         for d in self.differences:
-            share = d.mean / d.deviation if d.deviation > 0 else 0.0
+            share = d.mean / d.deviation if d.deviation != 0 else 0.0
             lines.append(f"{d.stage:<16}{d.largest:>12.3g}{d.mean:>12.3g}{share:>13.1%}")
         final = next((d for d in self.differences if d.stage == "position cm"), None)
         end = (
@@ -105,22 +106,25 @@ def stages_of(
     return arrays | {"action": chunk.numpy(), "position cm": 100 * METRES * chunk[..., :3].numpy()}
 
 
-def observations(demos: Path, image_size: int, count: int = 4) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def observations(
+    demos: Path, frame_size: int | None, image_size: int, count: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Frames, states and instructions to compare on.
 
     Args:
-        demos: file of demonstrations, whose first looks are taken; noise if there is none.
-        image_size: of the noise.
+        demos: file or folder of demonstrations, whose first looks are taken; noise if there is none.
+        frame_size: that the policies take, in pixels; None: any, so that a dataset's frames stay as they are.
+        image_size: of noise for policies that take any.
         count: how many.
     """
     if not demos.exists():
-        rng = np.random.default_rng(0)
-        frames = rng.integers(0, 256, (count, 2, image_size, image_size, 3), dtype=np.uint8)
+        rng, size = np.random.default_rng(0), frame_size or image_size
+        frames = rng.integers(0, 256, (count, 2, size, size, 3), dtype=np.uint8)
         states = rng.normal(size=(count, 8)).astype(np.float32)
         return torch.from_numpy(frames), torch.from_numpy(states), ["pick up the bowl"] * count
     looks = [
         (demo.frames[i], demo.states[step], demo.instruction)
-        for demo in itertools.islice(read_demonstrations(demos, "libero_object/0"), count)
+        for demo in itertools.islice(read_demonstrations(demos, "libero_object/0", image_size=frame_size), count)
         for i, step in enumerate(demo.frame_steps[:count])
     ][:count]
     seen, felt, said = zip(*looks, strict=True)

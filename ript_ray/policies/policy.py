@@ -162,11 +162,10 @@ def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) 
     """Augmentation: shift each row's frames (uint8[B, C, H, W, 3]) by up to ``pixels``, repeating the border."""
     if pixels == 0:
         return frames
-    cameras, size = frames.shape[1:3]
+    cameras, height, width = frames.shape[1:4]
     offsets = torch.randint(-pixels, pixels + 1, (len(frames), cameras, 2), generator=generator).to(frames.device)
-    steps = torch.arange(size, device=frames.device)
-    rows = (steps + offsets[..., :1]).clamp(0, size - 1)
-    columns = (steps + offsets[..., 1:]).clamp(0, size - 1)
+    rows = (torch.arange(height, device=frames.device) + offsets[..., :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=frames.device) + offsets[..., 1:]).clamp(0, width - 1)
     batch = torch.arange(len(frames), device=frames.device)[:, None, None, None]
     camera = torch.arange(cameras, device=frames.device)[None, :, None, None]
     return frames[batch, camera, rows[..., :, None], columns[..., None, :]]

@@ -31,8 +31,11 @@ and outliers to 16 deviations."""
 class Normalisation:
     """Numbers between an environment and a network; actions may be made relative to the state first.
 
-    With A the environment's action dimension: a' = ((a − mask·s[:A]) − mean) / (std + 1e-6). A network of more
-    dimensions, one for many robots, gets zeros behind.
+    With A the environment's action dimension: a' = ((a − mask·s[:A]) − mean) / (std + 1e-6); a shorter state gets zeros
+    behind. A network of more dimensions, one for many robots, gets zeros behind, too.
+
+    Raises:
+        UserError: when an action dimension is relative to one that the state does not have.
     """
 
     state_mean: tuple[float, ...]
@@ -46,6 +49,14 @@ class Normalisation:
     """Dimensions of the network's state, if they are more."""
     action_width: int = 0
     """Dimensions of the network's actions, if they are more."""
+
+    def __post_init__(self) -> None:
+        size = len(self.state_mean)
+        if any(self.relative[size:]):
+            raise UserError(
+                f"relative={list(self.relative)}: the state has {size} dimensions; expected relative actions only in "
+                f"these: lower sft.relative or convert.relative to {size}, or less"
+            )
 
     @property
     def frame_size(self) -> int | None:
@@ -85,7 +96,7 @@ class Normalisation:
 
     def _base(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         mask = actions.new_tensor(self.relative)
-        return (mask * state[:, : len(self.relative)].to(actions)).unsqueeze(1)
+        return (mask * _widen(state[:, : len(mask)].to(actions), len(mask))).unsqueeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +123,14 @@ class Transform(Normalisation):
             actions: float[N, A], the action at the same step as each state.
             image_size: of the frames that belong to them.
             relative: per action dimension, see the class; nowhere by default.
+
+        Raises:
+            UserError: when an action dimension is relative to one that the state does not have.
         """
         relative = (False,) * actions.shape[1] if relative is None else relative
         mask = np.array(relative, dtype=actions.dtype)
-        shifted = actions - mask * states[:, : actions.shape[1]]
+        size = actions.shape[1]
+        shifted = actions - mask * np.pad(states, ((0, 0), (0, max(0, size - states.shape[1]))))[:, :size]
         floor = _SMALLEST_ARM_STD if states.shape[1] == len(_SMALLEST_ARM_STD) else _SMALLEST_STD
         return cls(
             state_mean=_floats(states.mean(0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def read_dataset(
     every: int = 1,
     episodes: Collection[int] | None = None,
     image_size: int | None = None,
+    frames: bool = True,
 ) -> Iterator[Trajectory]:
     """The episodes of a LeRobot dataset, in order.
 
@@ -42,7 +44,9 @@ def read_dataset(
             LeRobot's (``observation.images.*`` in their order, ``observation.state``, ``action``) are recognised.
         every: keep only the frames of every so-many-th step.
         episodes: indices of those to read; all by default.
-        image_size: scale frames to this height and width; by default they stay as they are.
+        image_size: scale frames to this height and width, with black bars if they are not square; by default they stay
+            as they are, or, where the cameras differ in size, become squares of the longest side.
+        frames: False leaves the cameras unread; trajectories have no frames then.
 
     Raises:
         UserError: when something is missing, damaged or not as described: in the metadata at once, in an episode's
@@ -53,6 +57,7 @@ def read_dataset(
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected 1 or more")
     keys = _checked(info, keys or _recognised(info))
+    keys = keys if frames else replace(keys, cameras=())
     places = find_episodes(info, [name for name in keys.cameras if info.features[name].dtype == "video"])
     if episodes is not None:
         unknown = sorted(set(episodes) - {place.episode for place in places})
@@ -67,11 +72,12 @@ class _Reader:
 
     def __init__(self, info: DatasetInfo, keys: Keys, env_id: str, every: int, image_size: int | None) -> None:
         self._info, self._keys, self._env_id = info, keys, env_id
-        self._every, self._image_size = every, image_size
+        self._every = every
         self._instructions = load_instructions(info)
         self._sizes = {camera: info.frame_size(camera) for camera in keys.cameras}
         if image_size is None and len(set(self._sizes.values())) > 1:
-            raise UserError(f"{info.root}: frames have sizes {self._sizes}; bring them to one with image_size=…")
+            image_size = max(max(size) for size in self._sizes.values())
+        self._image_size = image_size
         self._films: dict[str, Film] = {}
 
     def trajectories(self, places: Iterable[Place]) -> Iterator[Trajectory]:
@@ -94,7 +100,7 @@ class _Reader:
     def _trajectory(self, place: Place, table: pa.Table) -> Trajectory:
         where = f"{place.data}: episode {place.episode}"
         _check_rows(place, table, where)
-        steps = np.arange(0, place.length, self._every, dtype=np.int32)
+        steps = np.arange(0, place.length if self._keys.cameras else 0, self._every, dtype=np.int32)
         actions = self._vectors(table, self._keys.actions, where)
         executed = self._vectors(table, _EXECUTED, where) if _EXECUTED in table.column_names else None
         outcomes = [decode_vectors(table, name, 1, where) for name in _OUTCOMES if name in table.column_names]
@@ -132,7 +138,7 @@ class _Reader:
     def _frames(self, place: Place, table: pa.Table, steps: np.ndarray, where: str) -> np.ndarray:
         """What the cameras saw before the steps: uint8[n, C, H, W, 3]."""
         cameras = self._keys.cameras
-        frames = np.empty(0)
+        frames = np.empty(0, dtype=np.uint8)
         for c, camera in enumerate(cameras):
             for i, step in enumerate(steps.tolist()):
                 frame = self._frame(place, table, camera, step, where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import build_policy, load_policy, save_policy
 from ript_ray.policies.pi0.gemma import GemmaSizes
 from ript_ray.policies.pi0.layout import from_openpi, to_openpi
-from ript_ray.policies.pi0.norm_stats import NormStats, parse_stats, read_json
+from ript_ray.policies.pi0.norm_stats import NormStats, lerobot_rules, parse_stats, read_json
 from ript_ray.policies.pi0.openpi import Checkpoint, open_checkpoint, write_openpi
 from ript_ray.policies.pi0.policy import PRESETS, Pi0Config, Pi0Policy, VisionSizes, description_of
 from ript_ray.policies.pi0.prompt import PromptTokenizer
@@ -23,6 +24,8 @@ from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of
 _HEAD_DIM = 72
 """Of So400m/14, the vision tower of every published π0."""
 RANDOM = "random:"
+_RULES = {"z_score": z_score, "quantile": quantile}
+_LEROBOT_RULES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
 
 
 def convert(source: str, target: Path, settings: ConvertConfig) -> dict[str, Any]:
@@ -61,15 +64,22 @@ def convert(source: str, target: Path, settings: ConvertConfig) -> dict[str, Any
 
 
 def adopt(checkpoint: Checkpoint, settings: ConvertConfig) -> Pi0Policy:
-    """The policy of somebody's checkpoint; every tensor is read once and must fit."""
+    """The policy of somebody's checkpoint, in float32; every tensor is read once and must fit."""
     shapes = {from_openpi(name): tuple(shape) for name, shape in checkpoint.tensors.shapes.items()}
     config = infer_config(shapes, checkpoint.config, settings)
     stats = _stats(checkpoint, settings)
+    modes, relative = lerobot_rules(checkpoint.path, checkpoint.config)
+    if relative and not settings.relative:
+        raise UserError(
+            f"convert.relative=0: {checkpoint.path} says that its actions are relative to the state "
+            "(use_relative_actions); expected the number of first action dimensions that are: set convert.relative, as "
+            "5 for an SO100 arm whose gripper is not (relative_exclude_joints)"
+        )
     tokenizer = PromptTokenizer.load(Path(settings.tokenizer) if settings.tokenizer else checkpoint.path)
-    weights = {from_openpi(name): checkpoint.tensors.load(name) for name in checkpoint.tensors.shapes}
+    weights = {from_openpi(name): _in_float32(checkpoint.tensors.load(name)) for name in checkpoint.tensors.shapes}
     if config.condition == "embedding":
         weights["condition.weight"] = torch.zeros(2, config.expert.width)
-    description = description_of(config, make_transform(config, stats, settings), tokenizer)
+    description = description_of(config, make_transform(config, stats, settings, modes), tokenizer)
     return cast("Pi0Policy", build_policy(description, weights, share=True))
 
 
@@ -111,21 +121,29 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
         raise UserError(f"the checkpoint has no tensor {to_openpi(str(error.args[0]))!r}; it is incomplete") from error
 
 
-def make_transform(config: Pi0Config, stats: NormStats, settings: ConvertConfig) -> Pi0Transform:
-    """The transform of a checkpoint: z-scores for π0, quantiles for π0.5, unless the settings say otherwise."""
-    chosen = settings.normalise or ("quantile" if config.pi05 else "z_score")
-    rule = {"z_score": z_score, "quantile": quantile}[chosen]
-    try:
-        state, actions = (rule(_without_padding(stats[group])) for group in ("state", "actions"))
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"convert.normalise={chosen}: the statistics lack what it needs ({error}); expected 'state' and 'actions' "
-            f"with {'q01 and q99' if chosen == 'quantile' else 'mean and std'}: choose the other rule, or compute them "
-            "with 'python launch.py stats' and set convert.stats"
-        ) from error
+def make_transform(
+    config: Pi0Config, stats: NormStats, settings: ConvertConfig, modes: Mapping[str, str] = MappingProxyType({})
+) -> Pi0Transform:
+    """The transform of a checkpoint.
+
+    Args:
+        config: sizes.
+        stats: of ``state`` and ``actions``.
+        settings: ``normalise`` overrules what the checkpoint says and what is usual.
+        modes: LeRobot's names of how ``state`` and ``actions`` are normalised; where there is none, what is usual:
+            z-scores for π0, quantiles for π0.5.
+
+    Raises:
+        UserError: when the statistics lack something, a mode is another, or too many dimensions shall be relative.
+    """
+    state = _normalised("state", stats, _rule("state", config, settings, modes), config.state_dim)
+    actions = _normalised("actions", stats, _rule("actions", config, settings, modes), config.action_dim)
     count = len(actions[0])
-    if settings.relative > count:
-        raise UserError(f"convert.relative={settings.relative}: there are {count} action dimensions")
+    if settings.relative > min(count, len(state[0])):
+        raise UserError(
+            f"convert.relative={settings.relative}: there are {count} action and {len(state[0])} state dimensions; "
+            "expected no more than either"
+        )
     return Pi0Transform(
         state_mean=state[0],
         state_std=state[1],
@@ -206,10 +224,44 @@ def _stats(checkpoint: Checkpoint, settings: ConvertConfig) -> NormStats:
     return stats
 
 
-def _without_padding(group: Mapping[str, list[float] | None]) -> dict[str, list[float]]:
-    """Statistics without the dimensions behind that never hold anything: some checkpoints have 32 for any robot."""
+def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Policies are kept in float32, whatever their source holds; ``policy.precision`` says what actors hold."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _rule(group: str, config: Pi0Config, settings: ConvertConfig, modes: Mapping[str, str]) -> str:
+    """The name in `_RULES` of how a group is normalised."""
+    if settings.normalise or group not in modes:
+        return settings.normalise or ("quantile" if config.pi05 else "z_score")
+    if modes[group] not in _LEROBOT_RULES:
+        raise UserError(
+            f"the checkpoint normalises its {group} by {modes[group]}; expected {' or '.join(_LEROBOT_RULES)}: set "
+            "convert.normalise to the rule that does the same with statistics of yours, and convert.stats to these"
+        )
+    return _LEROBOT_RULES[modes[group]]
+
+
+def _normalised(group: str, stats: NormStats, rule: str, width: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a group by a rule."""
+    try:
+        return _RULES[rule](_without_padding(stats[group], width))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"convert.normalise={rule}: the statistics lack what it needs ({error}); expected 'state' and 'actions' "
+            f"with {'q01 and q99' if rule == 'quantile' else 'mean and std'}: choose the other rule, or compute them "
+            "with 'python launch.py stats' and set convert.stats"
+        ) from error
+
+
+def _without_padding(group: Mapping[str, list[float] | None], width: int) -> dict[str, list[float]]:
+    """Statistics without the dimensions behind that never hold anything, where they are as many as the model's.
+
+    Some checkpoints have 32 for any robot; fewer are a robot's own, and one that stands still is one of them.
+    """
     deviations = group["std"] or []
-    size = max((i + 1 for i, value in enumerate(deviations) if value), default=0)
+    size = len(deviations)
+    if size == width:
+        size = max((i + 1 for i, value in enumerate(deviations) if value), default=0)
     return {name: values[:size] for name, values in group.items() if values is not None}
 
 

@@ -22,7 +22,10 @@ NormStats = dict[str, dict[str, list[float] | None]]
 
 _LEROBOT_FEATURES = {"state": "observation.state", "actions": "action"}
 _PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
-_NORMALIZERS = ("normalizer_processor", "unnormalizer_processor")
+_NORMALIZERS = {"normalizer_processor": "STATE", "unnormalizer_processor": "ACTION"}
+"""Steps of the processors with statistics, and what each of them prepares when the policy acts."""
+_MODES = {"state": "STATE", "actions": "ACTION"}
+"""LeRobot's types of features."""
 
 
 def openpi_stats(assets: Path) -> dict[str, NormStats]:
@@ -49,11 +52,10 @@ def lerobot_stats(folder: Path, buffers: Mapping[str, torch.Tensor]) -> dict[str
         UserError: when a file is damaged or missing.
     """
     flat = dict(buffers)
-    for name in _PROCESSORS:
-        if (folder / name).is_file():
-            for file in _state_files(folder / name):
-                with opened(file) as tensors:
-                    flat |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118, no mapping
+    for step in _steps(folder):
+        if step.get("registry_name") in _NORMALIZERS and step.get("state_file"):
+            with opened(folder / str(step["state_file"])) as tensors:
+                flat |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118, no mapping
     groups: dict[str, Any] = {}
     for group, feature in _LEROBOT_FEATURES.items():
         found = {stat: flat.get(f"{feature}.{stat}") for stat in ("mean", "std", "q01", "q99")}
@@ -61,6 +63,32 @@ def lerobot_stats(folder: Path, buffers: Mapping[str, torch.Tensor]) -> dict[str
         if found["mean"] is not None and torch.isfinite(found["mean"]).all():
             groups[group] = {stat: None if v is None else v.flatten().tolist() for stat, v in found.items()}
     return {"lerobot": parse_stats(groups, str(folder))} if groups else {}
+
+
+def lerobot_rules(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
+    """How LeRobot says that its policy's numbers are made: in its processors, or else in ``config.json``.
+
+    Args:
+        folder: of the checkpoint, with the JSON files of its processors (LeRobot from 0.4 on).
+        config: its ``config.json``.
+
+    Returns:
+        ``state`` and ``actions`` -> ``MEAN_STD``, ``QUANTILES`` or another of LeRobot's names, as far as it says; and
+        whether it says that actions are relative to the state.
+
+    Raises:
+        UserError: when a file is damaged.
+    """
+    modes = dict(_mapping(config.get("normalization_mapping")))
+    relative = bool(config.get("use_relative_actions"))
+    for step in _steps(folder):
+        name, about = step.get("registry_name"), _mapping(step.get("config"))
+        if name in _NORMALIZERS:
+            found = _mapping(about.get("norm_map"))
+            modes |= {kind: mode for kind, mode in found.items() if kind == _NORMALIZERS[name]}
+        elif name == "relative_actions_processor":
+            relative = relative or bool(about.get("enabled"))
+    return {group: str(modes[kind]) for group, kind in _MODES.items() if kind in modes}, relative
 
 
 def parse_stats(groups: object, where: str) -> NormStats:
@@ -115,12 +143,18 @@ def _parse_group(stats: object, where: str) -> dict[str, list[float] | None]:
     return parsed
 
 
-def _state_files(processor: Path) -> list[Path]:
-    """The files with the state of a processor's normalisers."""
-    steps = read_json(processor).get("steps", [])
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise UserError(
-            f"{processor}: 'steps' is no list of objects; expected what LeRobot writes: copy the file again"
-        )
-    files = [step.get("state_file") for step in steps if step.get("registry_name") in _NORMALIZERS]
-    return [processor.parent / str(file) for file in files if file]
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """All steps of LeRobot's processors, those before the policy first; empty where it has none."""
+    found: list[dict[str, Any]] = []
+    for processor in (folder / name for name in _PROCESSORS):
+        steps = read_json(processor).get("steps", []) if processor.is_file() else []
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+            raise UserError(
+                f"{processor}: 'steps' is no list of objects; expected what LeRobot writes: copy the file again"
+            )
+        found += steps
+    return found
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -348,7 +348,7 @@ class ConvertConfig(_Section):
     asset: str | None = None
     """Which of several statistics in a checkpoint; and openpi's name of those that are written."""
     normalise: Literal["z_score", "quantile"] | None = None
-    """By mean and deviation (π0) or by quantiles (π0.5); by default as a LeRobot checkpoint says, or as its kind does."""
+    """By mean and deviation (π0) or by quantiles (π0.5); by default as a LeRobot checkpoint says, or as is usual."""
     relative: int = Field(default=0, ge=0)
     """So many first action dimensions are relative to the state: 6 for openpi's ``pi0_libero``."""
     horizon: int | None = Field(default=None, ge=1, le=50)

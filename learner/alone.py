@@ -63,7 +63,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     reports: dict[int, EpisodeReport] = {}
     advantages: dict[int, float] = {}
     trajectories: dict[int, Trajectory] = {}
-    rows: list[dict[str, Any]] = []
+    groups = {"accepted": 0, "rejected": 0}
+    seconds = dict.fromkeys(("rollout", "learner_busy"), 0.0)
     for step in range(config.train.updates):
         rollouts_began = time.perf_counter()
         rewards: list[float] = []
@@ -80,7 +81,9 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                     advantages[i] = float(advantage)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
+        seconds["rollout"] += learning_began - rollouts_began
         rejected = len(rewards) // config.sampling.group_size - len(accepted)
+        groups["accepted"], groups["rejected"] = groups["accepted"] + len(accepted), groups["rejected"] + rejected
         goal = config.train.stop_at
         if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
             say(f"train.stop_at={goal:g} is reached")
@@ -104,29 +107,24 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/seconds": learning_began - rollouts_began, "learner/steps": float(len(steps))}
         row |= {"learner/busy_s": time.perf_counter() - learning_began}
+        seconds["learner_busy"] += row["learner/busy_s"]
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
-        rows.append(row)
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time()} | row) + "\n")
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     final = player.evaluate()
-
-    def sum_of(metric: str) -> Any:
-        return sum(row[metric] for row in rows)
-
-    rolled = sum_of("rollout/seconds")
+    # The learner has nothing to do while rollouts are played.
+    seconds |= {"learner_idle": seconds["rollout"], "total": time.perf_counter() - began}
     return {
         "env": config.env.id,
         "evaluation": {name: before_and_after(base[name], after) for name, after in final.items()},
         "episodes": player.episodes,
         "env_steps": player.env_steps,
-        "groups": {"accepted": sum_of("rollout/groups_accepted"), "rejected": sum_of("rollout/groups_rejected")},
+        "groups": groups,
         "updates": player.version,
         "weights_sha256": player.sha256,
         "errors": [],
-        # The learner has nothing to do while rollouts are played.
-        "seconds": {"rollout": rolled, "learner_busy": sum_of("learner/busy_s"), "learner_idle": rolled}
-        | {"total": time.perf_counter() - began},
+        "seconds": seconds,
         "versions": versions(describe_renderer()),
     }
 

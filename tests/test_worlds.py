@@ -307,7 +307,7 @@ def test_what_a_gymnasium_environment_lacks_is_named() -> None:
         GymnasiumWorld("CartPole-v1", 32)
     with pytest.raises(UserError, match="doesn't exist"):
         GymnasiumWorld("Nowhere-v0", 32)
-    with pytest.raises(UserError, match=r"gymnasium/my_pakage\.env:Foo-v0'.*'my_pakage.*check both names"):
+    with pytest.raises(UserError, match=r"gymnasium/my_pakage\.env:Foo-v0'.*'my_pakage.*which can be imported"):
         GymnasiumWorld("my_pakage.env:Foo-v0", 32)
     with pytest.raises(UserError, match=r"tests/Unbounded-v0'.*takes Box\(-inf, inf.*finite bounds"):
         GymnasiumWorld("tests/Unbounded-v0", 8)

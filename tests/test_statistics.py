@@ -12,6 +12,7 @@ from conftest import make_trajectory
 import launch
 from ript_ray.data.statistics import norm_stats
 from ript_ray.data.storage import save_trajectories
+from ript_ray.errors import UserError
 
 
 @pytest.mark.parametrize("relative", [0, 6])
@@ -34,6 +35,11 @@ def test_statistics_of_whole_chunks(relative: int) -> None:
             beyond = stats[group][name] - np.quantile(values, share, axis=0, method="inverted_cdf")
             assert (beyond > -1e-6).all()
             assert (beyond < 1.001 * np.ptp(values, axis=0) / 5000 + 1e-6).all()
+
+
+def test_no_more_dimensions_can_be_relative_than_there_are() -> None:
+    with pytest.raises(UserError, match=r"convert\.relative=8: the demonstrations have 7 action and 8 state"):
+        norm_stats(lambda: iter([make_trajectory(60)]), relative=8)
 
 
 def test_a_dimension_that_never_moves_has_no_width() -> None:

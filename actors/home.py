@@ -34,7 +34,8 @@ class Home:
     def here(cls, run_dir: Path, timeout_s: float) -> Self:
         """The directory as this node sees it. It is marked: another node that sees the mark shares the disk."""
         home = cls(run_dir.resolve(), ray.get_runtime_context().get_node_id(), timeout_s)
-        for mark in run_dir.glob(".home-*"):  # of earlier sessions
+        home.run_dir.mkdir(parents=True, exist_ok=True)
+        for mark in home.run_dir.glob(".home-*"):  # of earlier sessions
             if mark.name != home._mark.name:
                 mark.unlink(missing_ok=True)
         home._mark.touch()

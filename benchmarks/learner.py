@@ -27,6 +27,8 @@ STEPS = 110
 LOOK_EVERY = 10
 _REPEATS = 2
 """Updates that are timed in each of the two plain loops; twice as many through Ray."""
+_SETTLE_S = 30.0
+"""Ray's own processes are busy with starting for so long, which a job of hours does not notice."""
 
 
 @ray.remote(num_cpus=0)
@@ -76,6 +78,7 @@ def measure_speed(config: Config) -> dict[str, Any]:
     trajectories = make_trajectories(80, config.env.image_size)
     plain = _plain_loop(config, trajectories)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+        time.sleep(_SETTLE_S)
         rows = _through_ray(config, trajectories, updates=1 + 2 * _REPEATS)[1:]
     plain += _plain_loop(config, trajectories)
     through_ray = [row["learner/steps"] * config.train.batch_size / row["learner/busy_s"] for row in rows]

@@ -125,14 +125,18 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def run_with_stops(
     checkpoint: Path, run: Path, stops: list[tuple[State, signal.Signals]], *more: str
 ) -> dict[str, Any]:
-    """Stop a run at each of these states, resume it each time, and return its summary."""
+    """Stop a run at each of these states, resume it each time, and return its summary.
+
+    Episodes are so short that one stop may come when the next state is reached, too; the next then stops a resumed run
+    before it has begun.
+    """
     process = start(*SETTINGS, *more, f"policy.checkpoint={checkpoint}", f"run.dir={run}")
     for state, how in stops:
         stop_when(process, run, state, how)
         process = start("--resume", str(run))
     finish(process)
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    assert summary["sessions"] == len(stops) + 1
+    assert 1 < summary["sessions"] <= len(stops) + 1
     return summary
 
 

@@ -141,7 +141,7 @@ def stored(url: str | None, run_dir: Path) -> Iterator[list[Storage]]:
 def restore(url: str, run_dir: Path) -> bool:
     """Copy a run back into a directory that has none; False when there is none to copy.
 
-    The journal comes last: once it is there, all is. Begun again, an interrupted one copies what is missing.
+    The journal comes last: once it is there, all is. One that was interrupted begins anew.
 
     Raises:
         UserError: when the place cannot be read.

@@ -83,7 +83,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         learning_began = time.perf_counter()
         seconds["rollout"] += learning_began - rollouts_began
         rejected = len(rewards) // config.sampling.group_size - len(accepted)
-        groups["accepted"], groups["rejected"] = groups["accepted"] + len(accepted), groups["rejected"] + rejected
+        groups["accepted"] += len(accepted)
+        groups["rejected"] += rejected
         goal = config.train.stop_at
         if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
             say(f"train.stop_at={goal:g} is reached")
@@ -201,7 +202,8 @@ class Player:
             guidance=guidance,
             explore=explore,
         )
-        self.episodes, self.env_steps = self.episodes + 1, self.env_steps + len(trajectory)
+        self.episodes += 1
+        self.env_steps += len(trajectory)
         return trajectory
 
     def _enter(self, env_id: str) -> World:

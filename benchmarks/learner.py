@@ -74,19 +74,25 @@ def measure_speed(config: Config) -> dict[str, Any]:
 
     Medians of several updates, the plain ones half before and half after, since a machine's speed drifts. The first
     update of each process is left out: what a process does once (imports, warming up) is not counted.
+
+    A third loop is plain, but runs while Ray is up with nothing to do: ``ratio_beside_idle_ray`` is what the way
+    through Ray costs, the rest of ``ratio`` is what Ray's own processes take of the machine.
     """
     trajectories = make_trajectories(80, config.env.image_size)
     plain = _plain_loop(config, trajectories)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
         time.sleep(_SETTLE_S)
+        beside = _plain_loop(config, trajectories)
         rows = _through_ray(config, trajectories, updates=1 + 2 * _REPEATS)[1:]
     plain += _plain_loop(config, trajectories)
     through_ray = [row["learner/steps"] * config.train.batch_size / row["learner/busy_s"] for row in rows]
     return {
         "benchmark": "learner",
         "plain_samples_per_s": plain,
+        "plain_beside_idle_ray_samples_per_s": beside,
         "ray_samples_per_s": through_ray,
         "ratio": statistics.median(through_ray) / statistics.median(plain),
+        "ratio_beside_idle_ray": statistics.median(through_ray) / statistics.median(beside),
     }
 
 

@@ -30,24 +30,26 @@ from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
 from ript_ray.data.shards import make_shard, trained_starts
 from ript_ray.errors import UserError, nearest
-from ript_ray.evaluation import evaluation_contexts, wilson_interval
+from ript_ray.evaluation import evaluation_contexts, paired_p_value, wilson_interval
 from ript_ray.policies.checkpoints import load_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
+CONTROL = "imitation of successes"
+"""What the others are compared with: the failures have no say in it."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    CONTROL: {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
     "imitation": {"objective": {"name": "imitation"}},
     "cfg": {"objective": {"name": "cfg"}, "scales": (1.0, 2.0)},
     "label_dropout": {"objective": {"name": "label_dropout"}, "scales": (1.0, 2.0)},
-    "advantage_weighted": {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
     "advantage_weighted, hinge": {"objective": {"name": "advantage_weighted", "negatives": "hinge"}},
-    "nft": {"objective": {"name": "nft"}},
+    "nft": {"objective": {"name": "nft", "beta": 0.3}},
     "fpo": {"objective": {"name": "fpo"}},
     "flow_sde": {"objective": {"name": "flow_sde"}},
 }
 """What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
-is evaluated, 1 by default. `cfg` at scale 1 is imitation of successes alone; at scale 2 the failures have a say."""
+is evaluated, 1 by default. `cfg` at scale 1 acts by what successes taught alone; at scale 2 the failures have a say."""
 
 
 @dataclass(slots=True)
@@ -95,6 +97,8 @@ class _Run:
     seconds: list[float] = field(default_factory=lambda: [0.0])
     """Of rollouts and updates so far, at each evaluation."""
     successes: list[int] = field(default_factory=list)
+    outcomes: list[bool] = field(default_factory=list)
+    """Of each context, at the last evaluation."""
     update_seconds: list[float] = field(default_factory=list)
     training_rates: list[float] = field(default_factory=list)
 
@@ -198,7 +202,8 @@ def _learn(
             run.training_rates.append(float(np.mean([group.rewards for group in new])))
             run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
             run.seconds.append(run.seconds[-1] + seconds + took)
-            run.successes.append(sum(t.success for t in players.play(contexts, scale, 0.0)))
+            run.outcomes = [t.success for t in players.play(contexts, scale, 0.0)]
+            run.successes.append(sum(run.outcomes))
     return list(runs.values())
 
 
@@ -262,10 +267,17 @@ def _settings(config: Config, variant: str) -> tuple[TrainConfig, ObjectiveConfi
 
 
 def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
-    """Success of each objective after the last round, all seeds together, with the 95 % interval; and its cost."""
+    """Success of each objective after the last round, all seeds together, with the 95 % interval; and its cost.
+
+    ``paired_p`` compares it with `CONTROL` in the same contexts of the same seeds, where both were run.
+    """
+    control = {run["seed"]: run["outcomes"] for run in runs if run["objective"] == CONTROL}
     rows = []
     for name in dict.fromkeys(run["objective"] for run in runs):
         own = [run for run in runs if run["objective"] == name]
+        pairs = [
+            p for run in own if run["seed"] in control for p in zip(control[run["seed"]], run["outcomes"], strict=True)
+        ]
         successes, total = sum(run["successes"][-1] for run in own), episodes * len(own)
         rows.append(
             {
@@ -275,6 +287,7 @@ def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
                 "episodes": total,
                 "rate": successes / total,
                 "ci95": list(wilson_interval(successes, total)),
+                "paired_p": paired_p_value([c for c, _ in pairs], [o for _, o in pairs]) if pairs else None,
                 "by_seed": [run["successes"][-1] / episodes for run in own],
                 "update_seconds": float(np.mean([s for run in own for s in run["update_seconds"]])),
             }

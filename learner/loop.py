@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ import torch
 from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
@@ -99,6 +101,9 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     limit = config.scaling.wait_timeout_s
     device = ray.train.torch.get_device() if config.scaling.learner_gpus > 0 else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (world,)) if config.train.shard and world > 1 else None
+    if mesh is not None:
+        device = torch.device("cpu")  # an update takes each learner's part to its GPU
     torch.set_num_threads(config.scaling.learner_threads)
     start = ray.get(settings["weights"][0], timeout=limit)
     policy = build_policy(settings["description"], start).float().to(device)
@@ -119,6 +124,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
             if unaveraged.exists():
                 acting = load_policy(acted).float().to(device)
+    worker = _Worker(rank, mesh, anchor, coordinator, memory, home)
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -139,7 +145,9 @@ def train_loop(settings: dict[str, Any]) -> None:
         if steps:  # else what acts goes on acting
             if config.train.restart:
                 policy.load_state_dict(start)
-            acting, diagnostics = _learn(policy, anchor, steps, shard.step, config, rank, coordinator, memory, home)
+            acting, diagnostics = _learn(policy, steps, shard.step, config, worker)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # rollout actors may share this GPU
         busy = time.perf_counter() - began
         row = {"learner/steps": float(len(steps))}
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
@@ -159,37 +167,42 @@ def train_loop(settings: dict[str, Any]) -> None:
         ray.train.report(row)
 
 
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What all updates of a worker have in common."""
+
+    rank: int
+    mesh: DeviceMesh | None
+    """Of the learners, where they divide the weights among them."""
+    anchor: Policy | None
+    coordinator: Any
+    memory: PeakMemory
+    home: Any
+
+
 def _learn(
-    policy: Policy,
-    anchor: Policy | None,
-    steps: list[Step],
-    number: int,
-    config: Config,
-    rank: int,
-    coordinator: Any,
-    memory: PeakMemory,
-    home: Any,
+    policy: Policy, steps: list[Step], number: int, config: Config, worker: _Worker
 ) -> tuple[Policy, dict[str, float]]:
     """Update ``number``, see `update`, with its progress told and what was not finite saved.
 
     Raises:
         RuntimeError: when a NaN or an infinity turned up; it names the file with the samples of the step.
     """
-    generator = update_generator(config.run.seed, number, rank)
+    generator = update_generator(config.run.seed, number, worker.rank)
     show = max(1, len(steps) // 100)
 
     def on_step(index: int, loss: float) -> None:
         if index % show:
             return
-        memory.read_mb()
-        if rank == 0:
-            coordinator.learning.remote(number, index, len(steps))
+        worker.memory.read_mb()
+        if worker.rank == 0:
+            worker.coordinator.learning.remote(number, index, len(steps))
 
     try:
-        return update(policy, steps, config.train, config.objective, generator, on_step, anchor)
+        return update(policy, steps, config.train, config.objective, generator, on_step, worker.anchor, worker.mesh)
     except NonFinite as error:
-        file = home.run_dir / "faults" / f"update-{number + 1}-rank-{rank}.safetensors"
-        with home.writing(file) as place:
+        file = worker.home.run_dir / "faults" / f"update-{number + 1}-rank-{worker.rank}.safetensors"
+        with worker.home.writing(file) as place:
             save_batch(place, [load() for load in steps[error.step].micro_batches])
         raise RuntimeError(f"update {number + 1}, {error}; the samples of this step are in {file}") from error
 

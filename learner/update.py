@@ -6,12 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Parameter
 
+from learner.sharding import gather, is_divided, shard, whole
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import add_lora, freeze, merge_lora
@@ -73,17 +74,19 @@ def update(
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
     anchor: Policy | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Policy, dict[str, float]]:
     """Train ``policy`` in place on all ``steps``: AdamW, warm-up and cosine, accumulation, clipping.
 
     Args:
-        policy: on its device, in float32.
+        policy: in float32, on its device; with ``mesh`` on the CPU.
         steps: what this learner does; every learner has the same number of steps.
         train: optimisation settings.
         objective: the loss.
         generator: draws noise, times, chances and image shifts, on the CPU.
         on_step: called after each step with its index and loss.
         anchor: the starting policy, for ``train.anchor``; the policy before this update by default.
+        mesh: of the learners that divide what they train among them (``train.shard``); each trains all by default.
 
     Returns:
         The policy to act with (``policy`` itself, or its moving average as ``train.ema`` says), and diagnostics:
@@ -94,29 +97,32 @@ def update(
     Raises:
         NonFinite: before a NaN or an infinity could reach the weights.
     """
-    before = _frozen(policy) if compares_with_reference(objective) or (train.anchor > 0 and anchor is None) else None
+    needs_before = compares_with_reference(objective) or (train.anchor > 0 and anchor is None)
+    before = _frozen(policy, mesh) if needs_before else None
+    if anchor is not None and mesh is not None:
+        anchor = _frozen(anchor, mesh)
     trainable = {name: p.requires_grad for name, p in policy.named_parameters()}
     freeze(policy, train.freeze)
     if train.lora_rank:
         add_lora(policy, train.lora_rank, train.lora_part)
+    trained = policy if mesh is None else shard(copy.deepcopy(policy), mesh)
     if train.checkpoint_activations:
-        policy.checkpoint_activations()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+        trained.checkpoint_activations()
+    parameters = _trained_parameters(trained)
     optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    terms = _Terms(policy, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
-    average = None
-    if train.ema > 0:
-        decay = get_ema_multi_avg_fn(train.ema)  # type: ignore[no-untyped-call]
-        average = AveragedModel(policy, multi_avg_fn=decay)
+    terms = _Terms(trained, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
+    average: list[torch.Tensor] = []
     losses: list[float] = []
     norms: list[float] = []
     pieces = 1
-    policy.train()
+    trained.train()
     for index, step in enumerate(steps):
         loss, pieces = _accumulate_that_fits(terms, step, pieces)
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if mesh is not None:
+            dist.all_reduce(loss)
+        elif dist.is_initialized() and dist.get_world_size() > 1:
             _sum_over_learners(parameters, loss)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFinite(
                 index,
@@ -126,21 +132,25 @@ def update(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)
         optimiser.step()
-        if average is not None:
-            average.update_parameters(policy)
+        if train.ema > 0:
+            average = _averaged(average, parameters, train.ema)
         losses.append(loss.item())
         norms.append(norm.item())
         if on_step is not None:
             on_step(index, losses[-1])
-    for trained in [policy] if average is None else [policy, average.module]:
-        merge_lora(trained)
-        for name, parameter in trained.named_parameters():
+    if mesh is not None:
+        gather(parameters, _trained_parameters(policy))
+    acting = policy
+    if average and train.act_with_ema:
+        acting = copy.deepcopy(policy)
+        gather(average, _trained_parameters(acting))
+    for result in {policy, acting}:
+        merge_lora(result)
+        for name, parameter in result.named_parameters():
             parameter.requires_grad_(trainable[name])
-    policy.eval()
+        result.eval()
     tenth = max(1, len(losses) // 10)
-    # The average is a deep copy of the policy.
-    averaged = cast("Policy", average.module).eval() if average is not None and train.act_with_ema else None
-    return averaged or policy, {
+    return acting, {
         "loss_first": sum(losses[:tenth]) / tenth,
         "loss": sum(losses[-tenth:]) / tenth,
         "grad_norm": sum(norms) / len(norms),
@@ -157,8 +167,23 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _frozen(policy: Policy) -> Policy:
-    return copy.deepcopy(policy).eval().requires_grad_(False)
+def _frozen(policy: Policy, mesh: DeviceMesh | None) -> Policy:
+    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+    return frozen if mesh is None else shard(frozen, mesh)
+
+
+def _trained_parameters(policy: Policy) -> list[Parameter]:
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def _averaged(average: list[torch.Tensor], parameters: list[Parameter], decay: float) -> list[torch.Tensor]:
+    """The exponential moving average after one more step; it begins at the weights after the first."""
+    if not average:
+        return [parameter.detach().clone() for parameter in parameters]
+    for mean, parameter in zip(average, parameters, strict=True):
+        mean.lerp_(parameter, 1 - decay)
+    return average
 
 
 def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch.Tensor, int]:
@@ -172,7 +197,8 @@ def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch
             terms.policy.zero_grad(set_to_none=True)
             return _accumulate(terms, step, pieces), pieces
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or pieces >= terms.train.micro_batch:
+            # Learners that divide the weights among them must all do the same, or wait for each other for ever.
+            if not _is_out_of_memory(error) or pieces >= terms.train.micro_batch or is_divided(terms.policy):
                 raise
         pieces *= 2
         terms.generator.set_state(state)
@@ -216,7 +242,7 @@ def _loss(draw: Draw, terms: _Terms) -> torch.Tensor:
     return total
 
 
-def _sum_over_learners(parameters: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
+def _sum_over_learners(parameters: list[Parameter], loss: torch.Tensor) -> None:
     """Sum gradients and the loss over all learners, as one buffer after accumulation.
 
     Not by hooks during the backward pass: a learner that had to divide a micro-batch would then take part in another

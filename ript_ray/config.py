@@ -234,6 +234,9 @@ class TrainConfig(_Section):
     """Train only low-rank changes of linear layers, of this rank, merged at the end of each update; 0: all weights."""
     lora_part: str = "all"
     """Part of the policy that gets them, for example ``expert`` of π0."""
+    shard: bool = False
+    """The learners divide weights, gradients and the optimiser's moments among them (FSDP2), for policies that one GPU
+    cannot hold with all that; otherwise each learner has them all."""
     checkpoint_activations: bool = False
     """π0: compute layers again in the backward pass instead of keeping their activations."""
     anchor: float = Field(default=0.0, ge=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,12 +34,19 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
         add_lora(policy, train.lora_rank, train.lora_part)
     if train.checkpoint_activations:
         policy.checkpoint_activations()
-    weights = _FLOAT32 * sum(p.numel() for p in [*policy.parameters(), *policy.buffers()])
-    trained = _FLOAT32 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    copies = compares_with_reference(objective) + (train.anchor > 0) + (train.ema > 0)
+    learners = max(1, config.scaling.learners)
+    divided = train.shard and learners > 1
+    share = 1 / learners if divided else 1.0
+    weights = _bytes([*policy.parameters(), *policy.buffers()])
+    trained = _bytes([p for p in policy.parameters() if p.requires_grad])
+    compared = weights * (compares_with_reference(objective) + (train.anchor > 0))
+    # Divided weights are whole where they are needed: two blocks, since the next comes while one is computed, and what
+    # belongs to no block; so are their gradients before they are exchanged.
+    blocks = [_bytes([*block.parameters()]) for block in policy.shardable()]
+    at_once = weights - sum(blocks) + 2 * max(blocks, default=0.0)
     if compares_with_recording(objective):  # it asks for what rollouts recorded, and keeps no more than this one
         objective = ObjectiveConfig()
-    rows = min(train.micro_batch, train.batch_size // max(1, config.scaling.learners))
+    rows = min(train.micro_batch, train.batch_size // learners)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = Batch(
             frames=torch.zeros(rows, cameras, config.env.image_size, config.env.image_size, 3, dtype=torch.uint8),
@@ -52,15 +60,20 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
         kept = _kept_for_the_backward_pass(policy.to_empty(device="cpu").train(), batch, config, objective)
     mixed = train.precision == "bfloat16"
     parts = {
-        "weights": weights,
+        "weights": weights * share,
+        "weights gathered": at_once if divided else 0.0,
         "weights in bfloat16": weights / 2 if mixed else 0.0,  # autocast keeps them between forward and backward pass
-        "copies to compare with or to average": weights * copies,
-        "gradients": trained,
-        "gradients in exchange": trained if config.scaling.learners > 1 else 0.0,
-        "AdamW's two moments": 2 * trained,
+        "copies to compare with or to average": (compared + (trained if train.ema > 0 else 0.0)) * share,
+        "gradients": trained * share,
+        "gradients in exchange": min(trained, at_once) if divided else trained if learners > 1 else 0.0,
+        "AdamW's two moments": 2 * trained * share,
         f"activations of {rows} windows": kept,
     }
     return {name: float(size) for name, size in parts.items() if size}
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> float:
+    return float(_FLOAT32 * sum(tensor.numel() for tensor in tensors))
 
 
 def _kept_for_the_backward_pass(policy: Policy, batch: Batch, config: Config, objective: ObjectiveConfig) -> float:

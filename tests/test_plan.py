@@ -87,8 +87,8 @@ def test_what_makes_an_update_smaller_and_larger() -> None:
     policy = policy_without_weights("random:pi0")
     assert all(p.is_meta for p in policy.parameters())
 
-    def told(**train: Any) -> dict[str, float]:
-        config = Config.model_validate({"train": {"micro_batch": 8, **train}})
+    def told(scaling: dict[str, Any] | None = None, **train: Any) -> dict[str, float]:
+        config = Config.model_validate({"train": {"micro_batch": 8, **train}, "scaling": scaling or {}})
         return update_footprint(policy, config, cameras=2, state_dim=8, action_dim=7)
 
     whole = told()
@@ -97,7 +97,12 @@ def test_what_makes_an_update_smaller_and_larger() -> None:
     assert told(checkpoint_activations=True)[kept] < whole[kept] / 10
     small = told(lora_rank=16, lora_part="expert")
     assert small["gradients"] < whole["gradients"] / 50
-    assert told(ema=0.99)["copies to compare with or to average"] == whole["weights"]
+    assert told(ema=0.99)["copies to compare with or to average"] == whole["gradients"]
+    eight = told(shard=True, scaling={"learners": 8})
+    assert eight["AdamW's two moments"] == whole["AdamW's two moments"] / 8
+    # Embedded words, 2.1 GB, belong to no block; the largest blocks are those of the language model.
+    assert 2.1e9 < eight["weights gathered"] < 4e9
+    assert sum(eight.values()) < sum(told(scaling={"learners": 8}).values()) / 2
 
 
 def test_a_job_is_fitted_to_a_machine_that_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

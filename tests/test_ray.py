@@ -273,8 +273,17 @@ def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config
         torch.testing.assert_close(disturbed[name], tensor)
 
 
-def test_two_learners_agree(tiny_config: Config, tmp_path: Path) -> None:
-    learn(tiny_config, tmp_path / "two", learners=2)
+def test_two_learners_agree_whether_or_not_they_divide_the_weights(tiny_config: Config, tmp_path: Path) -> None:
+    shared, whole = (
+        learn(
+            tiny_config.model_copy(update={"train": tiny_config.train.model_copy(update={"shard": shard})}),
+            tmp_path / str(shard),
+            learners=2,
+        )
+        for shard in (True, False)
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_samples_that_break_an_update_are_kept_and_its_weights_are_not(tiny_config: Config, tmp_path: Path) -> None:

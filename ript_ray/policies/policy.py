@@ -72,6 +72,10 @@ class Policy(nn.Module, abc.ABC):
         """Compute layers again in the backward pass instead of keeping their activations."""
         raise UserError(f"train.checkpoint_activations: a policy of type {self.kind!r} is too small to need it")
 
+    def shardable(self) -> list[nn.Module]:
+        """Parts that are only ever called as modules; learners that divide the weights gather them one at a time."""
+        return []
+
     def error_weight(self, t: torch.Tensor) -> torch.Tensor:
         """w(t) of the flow-matching loss w(t)·(v − u)²: float32[B]; 1, as in π0."""
         return torch.ones_like(t)

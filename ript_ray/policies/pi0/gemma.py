@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -102,8 +101,7 @@ class Gemma(nn.Module):
             x, key, value = self._run(layer, x, rotation, mask, _of_layer(past, index), modulation)
             keys.append(key)
             values.append(value)
-        last = cast("_Layer", self.layers[-1])
-        key, value = last.keys_and_values(last.input_layernorm(x, modulation)[0], rotation)
+        _, key, value = self.layers[-1](x, rotation, mask, _of_layer(past, len(keys)), modulation, onward=False)
         return Cache((*keys, key), (*values, value), valid, positions[:, -1] + 1)
 
     def _run(
@@ -194,16 +192,19 @@ class _Layer(nn.Module):
         mask: torch.Tensor | None,
         past: tuple[torch.Tensor, torch.Tensor] | None,
         modulation: torch.Tensor | None,
+        onward: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tokens after this layer, and their keys and values."""
+        """The tokens after this layer, or as they came where nothing goes on from them; and their keys and values."""
         normed, gate = self.input_layernorm(x, modulation)
-        key, value = self.keys_and_values(normed, rotation)
+        key, value = self._keys_and_values(normed, rotation)
+        if not onward:
+            return x, key, value
         keys, values = (key, value) if past is None else (torch.cat([past[0], key], 2), torch.cat([past[1], value], 2))
         x = _add(x, self.self_attn.o_proj(self._attend(normed, rotation, keys, values, mask)), gate)
         normed, gate = self.post_attention_layernorm(x, modulation)
         return _add(x, self.mlp(normed), gate), key, value
 
-    def keys_and_values(
+    def _keys_and_values(
         self, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, width] → [B, kv_heads, S, head_dim] twice, the keys rotated."""

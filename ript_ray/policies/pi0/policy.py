@@ -198,6 +198,9 @@ class Pi0Policy(Policy):
         self.vision.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.language.checkpointing = self.expert.checkpointing = True
 
+    def shardable(self) -> list[nn.Module]:
+        return [*self.vision.encoder.layers, *self.language.layers, *self.expert.layers]
+
     def describe(self) -> dict[str, Any]:
         return description_of(self.config, self.transform, self.tokenizer)
 

@@ -15,7 +15,7 @@ from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy, policy_class
 from ript_ray.policies.policy import Policy
-from ript_ray.policies.transform import Transform
+from ript_ray.policies.transform import Transform, first_relative
 from ript_ray.types import Batch, Trajectory, Window
 
 
@@ -72,12 +72,7 @@ def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relati
     """
     labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
     states, actions = np.concatenate([demo.states for demo in demos]), np.concatenate(labels)
-    if relative > min(states.shape[1], actions.shape[1]):
-        raise UserError(
-            f"sft.relative={relative}: the demonstrations have {actions.shape[1]} action and {states.shape[1]} state "
-            "dimensions; expected no more than either"
-        )
-    mask = tuple(i < relative for i in range(actions.shape[1]))
+    mask = first_relative(relative, actions.shape[1], states.shape[1], "sft.relative")
     transform = Transform.fit(states, actions, image_size=demos[0].frames.shape[2], relative=mask)
     before, chosen, valid = gather_actions(windows, dict(enumerate(demos)))
     chunks = transform.encode_actions(chosen, before)

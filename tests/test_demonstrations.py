@@ -161,4 +161,4 @@ def test_an_arm_of_joint_angles_is_imitated_relative_to_where_it_stands(
     torch.testing.assert_close(chunks[:, 0, :5] - states[:, :5], torch.from_numpy(turn).expand(24, 5), atol=4, rtol=0)
     torch.testing.assert_close(chunks[:, :, 5], torch.full((24, 50), 80.0), atol=4, rtol=0)
     assert launch.main([*command, f"run.dir={tmp_path / 'other'}", "sft.relative=7"]) == 2
-    assert "sft.relative=7: the demonstrations have 6 action and 6 state dimensions" in capsys.readouterr().err
+    assert "sft.relative=7: there are 6 action and 6 state dimensions" in capsys.readouterr().err

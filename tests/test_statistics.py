@@ -38,7 +38,7 @@ def test_statistics_of_whole_chunks(relative: int) -> None:
 
 
 def test_no_more_dimensions_can_be_relative_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"convert\.relative=8: the demonstrations have 7 action and 8 state"):
+    with pytest.raises(UserError, match=r"convert\.relative=8: there are 7 action and 8 state"):
         norm_stats(lambda: iter([make_trajectory(60)]), relative=8)
 
 

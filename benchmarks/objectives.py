@@ -45,11 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "label_dropout": {"objective": {"name": "label_dropout"}, "scales": (1.0, 2.0)},
     "advantage_weighted, hinge": {"objective": {"name": "advantage_weighted", "negatives": "hinge"}},
     "nft": {"objective": {"name": "nft", "beta": 0.3}},
-    "fpo": {"objective": {"name": "fpo"}},
-    "flow_sde": {"objective": {"name": "flow_sde"}},
+    "fpo": {"objective": {"name": "fpo"}, "train": {"lr": 1e-4}},
+    "flow_sde": {"objective": {"name": "flow_sde"}, "train": {"lr": 2e-5}},
 }
 """What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
-is evaluated, 1 by default. `cfg` at scale 1 acts by what successes taught alone; at scale 2 the failures have a say."""
+is evaluated, 1 by default. `cfg` at scale 1 acts by what successes taught alone; at scale 2 the failures have a say.
+The last two compare with how likely samples were, which only small steps keep meaningful."""
 
 
 @dataclass(slots=True)

@@ -241,7 +241,7 @@ def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     settings = (
         f"run.dir={tmp_path}/run",
-        "bench.objectives=[cfg,imitation,flow_sde]",
+        "bench.objectives=[cfg,imitation of successes,flow_sde]",
         "bench.seeds=1",
         "bench.rounds=2",
         "env.max_steps=40",
@@ -258,16 +258,18 @@ def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
     done = launch("bench", "objectives", "--config", config, *settings, "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert [run["objective"] for run in result["runs"]] == ["cfg", "cfg, w = 2", "imitation", "flow_sde"]
+    names = ["cfg", "cfg, w = 2", "imitation of successes", "flow_sde"]
+    assert [run["objective"] for run in result["runs"]] == names
     for run in result["runs"]:
         assert run["episodes"] == [0, 2, 4]
         assert len(run["successes"]) == 3
         assert run["seconds"] == sorted(run["seconds"])
+        assert sum(run["outcomes"]) == run["successes"][-1]
+        assert len(run["outcomes"]) == 2
     # The first round is the same for all.
     assert len({run["training_rates"][0] for run in result["runs"]}) == 1
-    assert {row["objective"]: row["episodes"] for row in result["table"]} == dict.fromkeys(
-        ("cfg", "cfg, w = 2", "imitation", "flow_sde"), 2
-    )
+    assert {row["objective"]: row["episodes"] for row in result["table"]} == dict.fromkeys(names, 2)
+    assert all(0 < row["paired_p"] <= 1 for row in result["table"])
     assert json.loads((tmp_path / "run" / "objectives.json").read_text()) == result
     assert (tmp_path / "run" / "objectives.png").stat().st_size > 10_000
     # What was done is not done again, and other settings are not mixed with it.

@@ -67,21 +67,26 @@ class RolloutActor:
 
         if self._policy is None:
             raise RuntimeError("this actor was started without a weight store")
-        started = time.perf_counter()
-        policy = self._policy.pull()
-        waited = time.perf_counter() - started
         world = self._enter(context.env_id)
         frames = world.frames_rendered
-        trajectory = play(
-            world,
-            policy,
-            context,
-            policy_version=self._policy.version,
-            execute=self._config.policy.execute,
-            denoise_steps=self._config.policy.denoise_steps,
-            guidance=guidance,
-            explore=explore,
-        )
+        try:
+            started = time.perf_counter()
+            policy = self._policy.pull()
+            waited = time.perf_counter() - started
+            trajectory = play(
+                world,
+                policy,
+                context,
+                policy_version=self._policy.version,
+                execute=self._config.policy.execute,
+                denoise_steps=self._config.policy.denoise_steps,
+                guidance=guidance,
+                explore=explore,
+            )
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            # Not the environment's fault. After some errors CUDA does nothing more in a process; a new one may have to
+            # wait for memory, but not for that.
+            self._watchdog.end(f"the GPU failed it: {error}")
         trajectory.frames_rendered = world.frames_rendered - frames
         if file is not None and home is not None:  # before anyone hears of it: what is finished is not lost
             with home.writing(file) as place:

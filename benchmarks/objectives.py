@@ -37,7 +37,7 @@ from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
 CONTROL = "imitation of successes"
-"""What the others are compared with: the failures have no say in it."""
+"""What the others are compared with: failures teach nothing to the condition by which it acts."""
 VARIANTS: dict[str, dict[str, Any]] = {
     CONTROL: {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
     "imitation": {"objective": {"name": "imitation"}},
@@ -49,8 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flow_sde": {"objective": {"name": "flow_sde"}, "train": {"lr": 2e-5}},
 }
 """What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
-is evaluated, 1 by default. `cfg` at scale 1 acts by what successes taught alone; at scale 2 the failures have a say.
-The last two compare with how likely samples were, which only small steps keep meaningful."""
+is evaluated, 1 by default. `cfg` at scale 1 acts by the condition that successes alone have taught; at scale 2 the
+failures have a say. The last two compare with how likely samples were, which only small steps keep meaningful."""
 
 
 @dataclass(slots=True)
@@ -158,6 +158,7 @@ def measure(config: Config) -> dict[str, Any]:
 def _begun(file: Path, config: Config) -> dict[str, Any]:
     """The result so far of the same comparison, or an empty one."""
     settings = config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
+    settings["variants"] = {name: changes | {"scales": list(_scales(name))} for name, changes in VARIANTS.items()}
     if file.exists():
         result: dict[str, Any] = json.loads(file.read_text())
         if result["settings"] != settings:
@@ -276,9 +277,9 @@ def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(run["objective"] for run in runs):
         own = [run for run in runs if run["objective"] == name]
-        pairs = [
-            p for run in own if run["seed"] in control for p in zip(control[run["seed"]], run["outcomes"], strict=True)
-        ]
+        compared = [run for run in own if name != CONTROL and run["seed"] in control]
+        before = [outcome for run in compared for outcome in control[run["seed"]]]
+        after = [outcome for run in compared for outcome in run["outcomes"]]
         successes, total = sum(run["successes"][-1] for run in own), episodes * len(own)
         rows.append(
             {
@@ -288,7 +289,7 @@ def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
                 "episodes": total,
                 "rate": successes / total,
                 "ci95": list(wilson_interval(successes, total)),
-                "paired_p": paired_p_value([c for c, _ in pairs], [o for _, o in pairs]) if pairs else None,
+                "paired_p": paired_p_value(before, after) if compared else None,
                 "by_seed": [run["successes"][-1] / episodes for run in own],
                 "update_seconds": float(np.mean([s for run in own for s in run["update_seconds"]])),
             }

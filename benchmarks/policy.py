@@ -129,7 +129,8 @@ def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) 
     runs: dict[str, Callable[[], Any]] = {"ours": ours}
     if theirs is not None:
         inputs = _their_inputs(policy, theirs, frames, states)
-        runs["transformers"] = lambda: theirs.sample_actions(**inputs, noise=noise, num_steps=10)
+        their_noise = noise.to(next(theirs.parameters()).dtype)
+        runs["transformers"] = lambda: theirs.sample_actions(**inputs, noise=their_noise, num_steps=10)
     seconds = _in_turns(runs, rounds)
     result: dict[str, Any] = {"batch": batch, "chunks_per_second": batch / seconds["ours"]}
     if theirs is not None:

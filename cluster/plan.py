@@ -131,6 +131,8 @@ class Plan:
                 share = sum(parts.values()) / (_GPU_SHARE * size)
                 if parts:
                     shares[key] = min(1.0, math.ceil(100 * share) / 100)
+            if self.learners > 1 and self.learner_gpu:
+                shares["scaling.learner_gpus"] = 1  # two must not share one
         return {"scaling.actors": self.actors} | shares
 
     def to_json(self) -> dict[str, Any]:
@@ -161,10 +163,14 @@ def make_plan(config: Config) -> Plan:
     actor_gb = told.actor_gb or measured_gb
     learner_gpu: dict[str, float] = {}
     actor_gpu: dict[str, float] = {}
+    others_gb = _FOR_OTHERS_GB
     if machine.gpus:
         policy = policy_without_weights(config.policy.checkpoint)
         if scaling.learners and scaling.learner_gpus > 0:
             learner_gpu = _learner_parts(policy, config, probe)
+            # The starting policy; where the weights are divided, the policy itself and its copy for the update, too.
+            copies = 3 if config.train.shard else 1
+            others_gb += scaling.learners * copies * sum(p.numel() for p in policy.parameters()) * 4 / 1e9
         if scaling.actor_gpus > 0:
             actor_gpu = _actor_parts(policy, config)
     left = [_GPU_SHARE * size for size in machine.gpus]
@@ -175,7 +181,7 @@ def make_plan(config: Config) -> Plan:
             raise UserError(_does_not_fit(learner_gpu, scaling.learners, machine, len(fitting)))
         for i in fitting[: scaling.learners]:
             left[i] -= needed
-    free_gb = max(0.0, machine.memory_gb * _SHARE - _FOR_OTHERS_GB)
+    free_gb = max(0.0, machine.memory_gb * _SHARE - others_gb)
     cpus = machine.cpus - scaling.learners * scaling.learner_cpus
     each = sum(actor_gpu.values())
     return Plan(
@@ -263,5 +269,6 @@ def _does_not_fit(parts: dict[str, float], learners: int, machine: Machine, fitt
     return (
         f"scaling.learners={learners}: each needs {sum(parts.values()):.1f} GB of a GPU ({largest}); {fitting} of "
         f"{len(machine.gpus)} GPUs of {machine.gpus[0]:.1f} GB have that; lower train.micro_batch, set "
-        "train.checkpoint_activations=true, train.freeze or train.lora_rank, or plan.learner_gpu_gb if that is wrong"
+        "train.checkpoint_activations=true, train.freeze, train.lora_rank or, for several learners, train.shard=true; "
+        "or correct plan.learner_gpu_gb"
     )

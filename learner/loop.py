@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -145,9 +146,10 @@ def train_loop(settings: dict[str, Any]) -> None:
         if steps:  # else what acts goes on acting
             if config.train.restart:
                 policy.load_state_dict(start)
+            acting = policy  # lets go of the average of the last update
             acting, diagnostics = _learn(policy, steps, shard.step, config, worker)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # rollout actors may share this GPU
+            gc.collect()  # a divided policy refers to itself
+            torch.cuda.empty_cache()  # rollout actors may share this GPU
         busy = time.perf_counter() - began
         row = {"learner/steps": float(len(steps))}
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}

@@ -15,7 +15,7 @@ from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy, policy_class
 from ript_ray.policies.policy import Policy
-from ript_ray.policies.transform import Transform, first_relative
+from ript_ray.policies.transform import Transform, check_relative
 from ript_ray.types import Batch, Trajectory, Window
 
 
@@ -40,6 +40,13 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
     torch.manual_seed(config.run.seed)
     policy = start or new_policy(config.sft.policy, demos, windows, config.sft.relative)
+    if config.scaling.learner_gpus > 0:
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"scaling.learner_gpus={config.scaling.learner_gpus:g}: PyTorch finds no GPU here; set "
+                "scaling.learner_gpus=0 to train on CPUs, or run: python launch.py doctor"
+            )
+        policy = policy.to("cuda")
     rng = np.random.default_rng(config.run.seed)
     no_advantages = dict.fromkeys(pool, 0.0)
     size = config.train.batch_size
@@ -72,7 +79,8 @@ def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relati
     """
     labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
     states, actions = np.concatenate([demo.states for demo in demos]), np.concatenate(labels)
-    mask = first_relative(relative, actions.shape[1], states.shape[1], "sft.relative")
+    check_relative("sft.relative", relative, actions.shape[1], states.shape[1])
+    mask = tuple(i < relative for i in range(actions.shape[1]))
     transform = Transform.fit(states, actions, image_size=demos[0].frames.shape[2], relative=mask)
     before, chosen, valid = gather_actions(windows, dict(enumerate(demos)))
     chunks = transform.encode_actions(chosen, before)

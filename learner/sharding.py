@@ -39,8 +39,8 @@ def is_divided(policy: Policy) -> bool:
 
 
 @torch.no_grad()
-def gather(tensors: Sequence[torch.Tensor], into: Sequence[nn.Parameter]) -> None:
-    """Copy tensors, whole, into a policy's parameters; where they are divided all learners must do it together.
+def copy_whole(tensors: Sequence[torch.Tensor], into: Sequence[nn.Parameter]) -> None:
+    """Copy tensors into a policy's parameters; where they are divided all learners must do it together.
 
     Args:
         tensors: divided among learners, or not.

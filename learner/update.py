@@ -12,13 +12,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from learner.sharding import gather, is_divided, shard, whole
+from learner.sharding import copy_whole, is_divided, shard, whole
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import add_lora, freeze, merge_lora
 from ript_ray.policies.policy import Policy, sample_time, shift_images
 from ript_ray.types import Batch
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "unable to find an engine")
+"""As PyTorch's CPU allocator, CUDA, cuBLAS and cuDNN, and cuDNN again, say it."""
 Load = Callable[[], Batch]
 """Gathers one micro-batch; called when its turn comes, so that only one is in memory."""
 
@@ -109,8 +111,11 @@ def update(
     if train.checkpoint_activations:
         trained.checkpoint_activations()
     parameters = _trained_parameters(trained)
-    optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    # On a GPU the fused kernel needs no copy of what is trained, nor one launch for each tensor.
+    on_gpu = parameters[0].device.type == "cuda"
+    optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=on_gpu or None)
     terms = _Terms(trained, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
+    averaging = train.ema > 0 and train.act_with_ema
     average: list[torch.Tensor] = []
     losses: list[float] = []
     norms: list[float] = []
@@ -132,18 +137,20 @@ def update(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)
         optimiser.step()
-        if train.ema > 0:
+        if averaging:
             average = _averaged(average, parameters, train.ema)
         losses.append(loss.item())
         norms.append(norm.item())
         if on_step is not None:
             on_step(index, losses[-1])
+    del optimiser  # its moments and the gradients make room for what follows
+    trained.zero_grad(set_to_none=True)
     if mesh is not None:
-        gather(parameters, _trained_parameters(policy))
+        copy_whole(parameters, _trained_parameters(policy))
     acting = policy
-    if average and train.act_with_ema:
+    if average:
         acting = copy.deepcopy(policy)
-        gather(average, _trained_parameters(acting))
+        copy_whole(average, _trained_parameters(acting))
     for result in {policy, acting}:
         merge_lora(result)
         for name, parameter in result.named_parameters():
@@ -259,4 +266,4 @@ def _sum_over_learners(parameters: list[Parameter], loss: torch.Tensor) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -472,6 +472,22 @@ class Config(_Section):
                 f"train.batch_size={self.train.batch_size} is not divisible by "
                 f"scaling.learners={self.scaling.learners}; every learner needs the same share"
             )
+        if self.train.shard and (scaling.learners < 2 or not scaling.ray):
+            raise ValueError(
+                f"train.shard=true with scaling.learners={scaling.learners}, scaling.ray={str(scaling.ray).lower()}: "
+                "expected two learners or more, which divide the weights among them, and scaling.ray=true"
+            )
+        if scaling.learner_gpus > 0 and (scaling.learners == 0 or not scaling.ray):
+            raise ValueError(
+                f"scaling.learner_gpus={scaling.learner_gpus:g} with scaling.learners={scaling.learners}, scaling.ray="
+                f"{str(scaling.ray).lower()}: without learner workers an update runs on the CPU; set "
+                "scaling.learner_gpus=0"
+            )
+        if scaling.learners > 1 and 0 < scaling.learner_gpus < 1:
+            raise ValueError(
+                f"scaling.learner_gpus={scaling.learner_gpus:g} with scaling.learners={scaling.learners}: Ray may give "
+                "two learners shares of the same GPU, which NCCL refuses; expected whole ones, scaling.learner_gpus=1"
+            )
         objective = self.objective
         if objective.name == "flow_sde" and (
             self.policy.explore == 0.0 or self.policy.guidance != 1.0 or self.data.windows != "seen"

@@ -56,7 +56,7 @@ class Dissection:
             )
         return head + (
             "another first action than the recorded one; it was another policy (policy.checkpoint), or "
-            "policy.guidance, denoise_steps, execute or explore were others"
+            "policy.guidance, denoise_steps, execute or explore were others, or it acted on a GPU or in bfloat16"
         )
 
 

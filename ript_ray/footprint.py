@@ -39,11 +39,13 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     share = 1 / learners if divided else 1.0
     weights = _bytes([*policy.parameters(), *policy.buffers()])
     trained = _bytes([p for p in policy.parameters() if p.requires_grad])
-    compared = weights * (compares_with_reference(objective) + (train.anchor > 0))
+    references = compares_with_reference(objective) + (train.anchor > 0)
+    copies = weights * references + (trained if train.ema > 0 and train.act_with_ema else 0.0)
     # Divided weights are whole where they are needed: two blocks, since the next comes while one is computed, and what
-    # belongs to no block; so are their gradients before they are exchanged.
+    # belongs to no block, with the buffer in which it came; so are their gradients before they are exchanged.
     blocks = [_bytes([*block.parameters()]) for block in policy.shardable()]
-    at_once = weights - sum(blocks) + 2 * max(blocks, default=0.0)
+    outside = weights - sum(blocks)
+    at_once = outside + 2 * max(blocks, default=0.0)
     if compares_with_recording(objective):  # it asks for what rollouts recorded, and keeps no more than this one
         objective = ObjectiveConfig()
     rows = min(train.micro_batch, train.batch_size // learners)
@@ -61,9 +63,9 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     mixed = train.precision == "bfloat16"
     parts = {
         "weights": weights * share,
-        "weights gathered": at_once if divided else 0.0,
+        "weights gathered": at_once + (1 + references) * outside if divided else 0.0,
         "weights in bfloat16": weights / 2 if mixed else 0.0,  # autocast keeps them between forward and backward pass
-        "copies to compare with or to average": (compared + (trained if train.ema > 0 else 0.0)) * share,
+        "copies to compare with or to average": copies * share,
         "gradients": trained * share,
         "gradients in exchange": min(trained, at_once) if divided else trained if learners > 1 else 0.0,
         "AdamW's two moments": 2 * trained * share,

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 _RECORD = struct.Struct("d d 24s")
 """Deadline on the monotonic clock (0: none), the limit in seconds, and the name of the operation."""
@@ -35,6 +36,7 @@ class Watchdog:
         self.earlier = last_words.read_text() if last_words.exists() else None
         """Why the process before this one ended, if it did not end by itself."""
         last_words.unlink(missing_ok=True)
+        self._last_words = str(last_words)
         # The child inherits the open file, which has no name and vanishes with the two.
         with tempfile.TemporaryFile() as file:
             file.truncate(mmap.PAGESIZE)
@@ -57,6 +59,11 @@ class Watchdog:
             yield
         finally:
             self._memory[: _RECORD.size] = before
+
+    def end(self, reason: str) -> NoReturn:
+        """End the process at once, and leave the reason."""
+        _write(self._last_words, reason)
+        os._exit(1)
 
     def close(self) -> None:
         """Stop watching."""

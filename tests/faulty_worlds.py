@@ -1,5 +1,5 @@
 """Environments that really hang, crash or leak, for gymnasium's registry: ``tests.faulty_worlds:Hang-v0`` and so on;
-and one that is too easy.
+one that complains as a GPU does that has no memory left, and one that is too easy.
 
 The fault strikes once, in the third step of an episode, while the environment variable's file is there; a stillborn one
 crashes whenever it is made.
@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from ript_ray.envs.point_reach import PointReach
 
@@ -34,6 +35,11 @@ def crash() -> None:
 def leak() -> None:
     """Fill a gigabyte and a half, and keep it."""
     _KEPT.append(np.ones(190_000_000))
+
+
+def exhaust() -> None:
+    """What a GPU says that has no more memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 _KEPT: list[np.ndarray] = []
@@ -76,6 +82,6 @@ class Easy(PointReach):
 
 
 gym.register("Easy-v0", entry_point=Easy, max_episode_steps=20)
-for name, fault in (("Hang", hang), ("Crash", crash), ("Leak", leak)):
+for name, fault in (("Hang", hang), ("Crash", crash), ("Leak", leak), ("Exhaust", exhaust)):
     gym.register(f"{name}-v0", entry_point=Faulty, kwargs={"fault": fault}, max_episode_steps=20)
 gym.register("Stillborn-v0", entry_point=Faulty, kwargs={"fault": crash, "at_birth": True}, max_episode_steps=20)

@@ -147,7 +147,7 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
 def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, point_start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *POINT_REACH]
-    command += [f"policy.checkpoint={point_start}", f"run.dir={run}", "train.mode=sync", "train.updates=12"]
+    command += [f"policy.checkpoint={point_start}", f"run.dir={run}", "train.mode=sync", "train.updates=20"]
     command += ["scaling.actors=2", "scaling.actor_cpus=0.5", "scaling.learners=1", "scaling.learner_cpus=1"]
     command += ["scaling.actor_labels={role: rollout}", "scaling.learner_labels={role: learner}"]
     command += ["--json", str(tmp_path / "sent.json")]
@@ -200,9 +200,9 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     assert "nothing that was played is lost" in client.get_job_logs(job)
     learnt = len(list((run / "checkpoints").glob("[0-9]*")))
     played = sum(entry["kind"] == "played" for entry in read_journal(run))
-    assert learnt < 12
+    assert learnt < 20
 
-    again = cluster.run(*command, "train.updates=11")  # not the same run
+    again = cluster.run(*command, "train.updates=19")  # not the same run
     assert again.returncode == 0
     job = json.loads((tmp_path / "sent.json").read_text())["job"]
     wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal())
@@ -214,7 +214,7 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 400.0)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["updates"] == 12
+    assert summary["updates"] == 20
     assert summary["sessions"] == 2
     assert summary["errors"] == []
     assert played < summary["episodes"]

@@ -35,6 +35,7 @@ def test_overrides_are_typed() -> None:
         ("objective.clip=symmetric", ["objective.clip=symmetric", "objective.name=cfg", "advantage_weighted"]),
         ("objective.name=nft", ["train.restart=true", "set train.restart=false train.max_staleness=0"]),
         ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
+        ("train.shard=true", ["train.shard=true with scaling.learners=1", "two learners or more"]),
         ("scaling.min_actors=3", ["scaling.min_actors=3", "scaling.actors=2"]),
         ("scaling.min_actors=1", ["scaling.min_actors=1 without scaling.actor_labels", "which nodes are whose"]),
     ],
@@ -44,6 +45,13 @@ def test_a_mistake_is_named_with_what_was_expected(override: str, parts: list[st
         load_config(None, [override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("learners", "gpus", "expected"), [(2, 0.5, "whole ones"), (0, 1, "on the CPU")])
+def test_learners_get_gpus_that_they_can_use(learners: int, gpus: float, expected: str) -> None:
+    message = rf"scaling\.learner_gpus={gpus} with scaling\.learners={learners}.*{expected}"
+    with pytest.raises(UserError, match=message):
+        load_config(None, [f"scaling.learners={learners}", f"scaling.learner_gpus={gpus}"])
 
 
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path: Path) -> None:

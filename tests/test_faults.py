@@ -100,6 +100,7 @@ def play(dispatcher: Dispatcher, env_id: str) -> list[Trajectory]:
         ("Hang", "'step' took longer than 3 s"),
         ("Crash", "the process died in 'step'"),
         ("Leak", "MB is more than the 1200 MB allowed"),
+        ("Exhaust", "the GPU failed it: CUDA out of memory"),
     ],
 )
 def test_a_faulty_simulator_costs_seconds_and_no_episode(armed: Path, fault: str, words: str) -> None:

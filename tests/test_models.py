@@ -120,6 +120,21 @@ def test_what_renders_is_found_out_in_a_child_with_a_time_limit() -> None:
         assert set(rendering.egl_cuda_devices()) == {None}
 
 
+@pytest.mark.libero
+def test_a_gpu_that_is_not_named_by_its_number_does_not_mislead_the_renderer() -> None:
+    program = """
+from ript_ray.envs import make, rendering
+rendering.choose("GPU-1f")
+observation, _ = make("libero_object/0", 64, 10).reset(seed=0)
+print(observation["agentview"].std())
+"""
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-1f"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) > 1
+
+
 @pytest.mark.parametrize(("program", "words"), [("import time; time.sleep(60)", "no answer"), ("1/0", "ZeroDivision")])
 def test_a_renderer_that_hangs_or_fails_is_passed_over(
     program: str, words: str, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ript_ray.data.windows import HORIZON
-from ript_ray.policies.transform import first_relative
+from ript_ray.policies.transform import check_relative
 from ript_ray.types import Trajectory
 
 _BINS = 5000
@@ -43,7 +43,7 @@ def _chunks(trajectory: Trajectory, relative: int, horizon: int) -> np.ndarray:
     actions = trajectory.actions if trajectory.labels is None else trajectory.labels
     steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(horizon), len(actions) - 1)
     chunks = actions[steps].astype(np.float64)
-    first_relative(relative, actions.shape[1], trajectory.states.shape[1], "convert.relative")
+    check_relative("convert.relative", relative, actions.shape[1], trajectory.states.shape[1])
     chunks[..., :relative] -= trajectory.states[:, None, :relative]
     return chunks.reshape(-1, actions.shape[1])
 

@@ -85,22 +85,21 @@ def choose(cuda_device: str | None = None, timeout_s: float = _PROBE_TIMEOUT_S) 
     complaints = []
     for backend in _candidates():
         _select(backend)
-        on_gpu = backend == "egl" and cuda_device is not None
-        index = match_device(cuda_device or "", egl_cuda_devices()) if on_gpu else None
-        device = {} if index is None else {"MUJOCO_EGL_DEVICE_ID": str(index)}
-        try:
-            renderer = ask_child(_PROBE, timeout_s, variables=device)["renderer"]
-        except RuntimeError as error:
-            complaints.append(f"{backend}: {error}")
-            continue
-        if device:
-            # Robosuite insists at import that this is among CUDA_VISIBLE_DEVICES, but EGL counts otherwise.
-            import robosuite.utils.binding_utils  # noqa: F401
+        for index in _egl_indices(cuda_device) if backend == "egl" else [None]:
+            device = {} if index is None else {"MUJOCO_EGL_DEVICE_ID": str(index)}
+            try:
+                renderer = ask_child(_PROBE, timeout_s, variables=device)["renderer"]
+            except RuntimeError as error:
+                complaints.append(f"{backend}{'' if index is None else f', device {index}'}: {error}")
+                continue
+            if device:
+                # Robosuite insists at import that this is among CUDA_VISIBLE_DEVICES, but EGL counts otherwise.
+                import robosuite.utils.binding_utils  # noqa: F401
 
-            os.environ |= device
-        where = f", EGL device {index} for CUDA device {cuda_device}" if device else ""
-        os.environ["RIPT_RAY_RENDERER"] = f"{backend} ({renderer}{where})"
-        return describe_renderer()
+                os.environ |= device
+            where = "" if index is None else f", EGL device {index}, CUDA device {cuda_device or 'none'}"
+            os.environ["RIPT_RAY_RENDERER"] = f"{backend} ({renderer}{where})"
+            return describe_renderer()
     raise UserError(
         f"nothing renders here ({'; '.join(complaints) or 'no library'}); on Debian or Ubuntu run: apt-get install "
         f"{DEBIAN_PACKAGES} libosmesa6"
@@ -119,6 +118,19 @@ def egl_cuda_devices(timeout_s: float = _PROBE_TIMEOUT_S) -> tuple[int | None, .
         return tuple(ask_child(_EGL_DEVICES, timeout_s))
     except RuntimeError:
         return ()
+
+
+def _egl_indices(cuda_device: str | None) -> list[int | None]:
+    """EGL devices to try; None leaves the choice to MuJoCo.
+
+    Where CUDA_VISIBLE_DEVICES is set robosuite takes it for the index of an EGL device, which it need not be (it may
+    name a device by UUID, or be empty), unless an index is given.
+    """
+    if cuda_device is None and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return [None]
+    known = egl_cuda_devices()
+    index = match_device(cuda_device or "", known)
+    return [index] if index is not None else list(range(len(known))) or [None]
 
 
 def match_device(cuda_device: str, cuda_of_egl: tuple[int | None, ...]) -> int | None:

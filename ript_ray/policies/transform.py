@@ -27,14 +27,8 @@ hand: its angles are noise of a hundredth of a radian, which would otherwise be 
 and outliers to 16 deviations."""
 
 
-def first_relative(count: int, actions: int, states: int, key: str) -> tuple[bool, ...]:
-    """Per action dimension: is it one of the first ``count``, which are taken relative to the state?
-
-    Args:
-        count: as a setting says.
-        actions: A.
-        states: S.
-        key: name of the setting.
+def check_relative(key: str, count: int, actions: int, states: int) -> None:
+    """Can the first ``count`` action dimensions be taken relative to the state, as the setting ``key`` says?
 
     Raises:
         UserError: when there are not so many.
@@ -43,7 +37,6 @@ def first_relative(count: int, actions: int, states: int, key: str) -> tuple[boo
         raise UserError(
             f"{key}={count}: there are {actions} action and {states} state dimensions; expected no more than either"
         )
-    return tuple(i < count for i in range(actions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

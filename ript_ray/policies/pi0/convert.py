@@ -20,7 +20,7 @@ from ript_ray.policies.pi0.openpi import Checkpoint, open_checkpoint, write_open
 from ript_ray.policies.pi0.policy import PRESETS, Pi0Config, Pi0Policy, VisionSizes, description_of
 from ript_ray.policies.pi0.prompt import PromptTokenizer
 from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of, z_score
-from ript_ray.policies.transform import first_relative
+from ript_ray.policies.transform import check_relative
 
 _HEAD_DIM = 72
 """Of So400m/14, the vision tower of every published π0."""
@@ -139,12 +139,13 @@ def make_transform(
     """
     state = _normalised("state", stats, _rule("state", config, settings, modes), config.state_dim)
     actions = _normalised("actions", stats, _rule("actions", config, settings, modes), config.action_dim)
+    check_relative("convert.relative", settings.relative, len(actions[0]), len(state[0]))
     return Pi0Transform(
         state_mean=state[0],
         state_std=state[1],
         action_mean=actions[0],
         action_std=actions[1],
-        relative=first_relative(settings.relative, len(actions[0]), len(state[0]), "convert.relative"),
+        relative=tuple(i < settings.relative for i in range(len(actions[0]))),
         state_width=config.state_dim,
         action_width=config.action_dim,
         image_size=config.vision.image_size,

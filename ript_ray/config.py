@@ -272,7 +272,7 @@ class ScalingConfig(_Section):
     learner_cpus: float = Field(default=1.0, gt=0.0)
     """CPUs reserved for each learner."""
     learner_gpus: float = Field(default=0.0, ge=0.0)
-    """GPUs of each learner."""
+    """GPUs of each learner; above 0 ``sft`` trains on a GPU, too."""
     learner_threads: int = Field(default=2, ge=1)
     """Threads of each learner on a CPU; in synchronous mode actors are idle while it learns."""
     actor_labels: dict[str, str] = {}

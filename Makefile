@@ -24,7 +24,7 @@ quick: setup
 	$(PYTHON) launch.py train --config configs/quick.yaml
 
 test: setup
-	$(PYTHON) -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTHON) -m pytest -m "not slow" --numprocesses=2 --dist=loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: setup
 	$(PYTHON) -m pytest -m slow

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -46,6 +46,9 @@ from ript_ray.data.lines import read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.evaluation import evaluation_contexts
 from ript_ray.types import Context, EpisodeReport
+
+_SPARE_VERSIONS = 2
+"""Episodes stay whole a little longer: should the newest checkpoints be damaged, they are trained on again."""
 
 
 @dataclass(slots=True)
@@ -105,6 +108,8 @@ class Coordinator:
         self._asynchronous = config.train.mode == "async"
         self._version = 0
         """Of weights that are published; there may be newer ones."""
+        self._accepted: deque[tuple[int, int]] = deque()
+        """Version and number of the episodes that are whole on disk, to be trained on."""
         self._open: dict[int, Group] = {}
         self._rollouts: dict[int, list[Outcome]] = {}
         """Groups that are still rolled out when an update has enough, and their rollouts: the next update's, in
@@ -136,6 +141,7 @@ class Coordinator:
             if not self._asynchronous:
                 self._enter("waiting for weights", 0)
                 self._wait_for_weights(step)
+                self._version = max(self._version, step)
             if self._collect(step, dispatcher):
                 self._ask(self._pool.finish.remote(step))
                 break
@@ -189,7 +195,7 @@ class Coordinator:
             if len(kept[report.success]) < keep:
                 kept[report.success][i] = self._reference(outcome)
             else:
-                self._forget(outcome)
+                self._forget(outcome.episode.number)
         self._totals.errors += dispatcher.errors
         return results, kept
 
@@ -297,7 +303,7 @@ class Coordinator:
             self._totals.surplus += dispatcher.cancel(set(now.groups))
             for outcomes in now.finished.values():
                 for outcome in outcomes:
-                    self._forget(outcome)
+                    self._forget(outcome.episode.number)
         errors = dispatcher.errors[errors_before:]
         self._totals.rollout_s += seconds
         self._totals.ended_by[ended_by] += 1
@@ -355,9 +361,10 @@ class Coordinator:
         """Note a finished rollout, and judge the groups that are complete now."""
         assert outcome.report is not None
         self._note(outcome.report)
+        self._forget_stale()
         if outcome.episode.tag not in now.groups:
             self._totals.surplus += 1
-            self._forget(outcome)
+            self._forget(outcome.episode.number)
             return
         if outcome.reference is not None:
             with self._lock:
@@ -385,13 +392,14 @@ class Coordinator:
         accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))
         if accepted:
             now.accepted += 1
+            self._accepted.extend((o.report.policy_version, o.episode.number) for o in members if o.report is not None)
             return
         if rewards.all():
             now.all_succeeded += 1
         else:
             now.all_failed += 1
         for outcome in members:
-            self._forget(outcome)
+            self._forget(outcome.episode.number)
 
     def _reference(self, outcome: Outcome) -> Any:
         """Of the trajectory; one that was played in an earlier session is read from its file, if an update needs it."""
@@ -403,12 +411,19 @@ class Coordinator:
             return None
         return ray.put(load_trajectory(file))
 
-    def _forget(self, outcome: Outcome) -> None:
+    def _forget(self, number: int) -> None:
         """Leave only the record of an episode that nothing will be learnt from."""
-        file = self._journal.episode_file(outcome.episode.number)
+        file = self._journal.episode_file(number)
         # Actors that are only simulated write none (benchmarks/control.py).
         if file is not None and file.exists() and not self._journal.replaying:
             forget_trajectory(file)
+
+    def _forget_stale(self) -> None:
+        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come."""
+        oldest = self._version - self._config.train.max_staleness - _SPARE_VERSIONS
+        for _ in range(2):
+            if self._accepted and self._accepted[0][0] < oldest and not self._journal.replaying:
+                self._forget(self._accepted.popleft()[1])
 
     def _give_up(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""

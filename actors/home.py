@@ -13,6 +13,8 @@ from typing import Any, Self
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ript_ray.policies.checkpoints import prune_checkpoints
+
 _BLOCK = 1 << 26
 """Bytes that travel at a time."""
 
@@ -79,6 +81,19 @@ class Home:
                         out.write(self._do(_read, folder / name, start))
             yield local
 
+    def prune(self, checkpoints: Path, keep: int | None) -> None:
+        """Leave only the newest of a run's checkpoints, or all of them.
+
+        Raises:
+            GetTimeoutError: when it takes longer than ``timeout_s``.
+        """
+        if keep is None:
+            return
+        if self._is_shared():
+            prune_checkpoints(checkpoints, keep)
+        else:
+            self._do(_prune, checkpoints, keep)
+
     @property
     def _mark(self) -> Path:
         return self.run_dir / f".home-{self.node}"
@@ -105,6 +120,11 @@ def _settle(staged: Path, path: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         staged.replace(path)
+
+
+@ray.remote(num_cpus=0)
+def _prune(checkpoints: Path, keep: int) -> None:
+    prune_checkpoints(checkpoints, keep)
 
 
 @ray.remote(num_cpus=0)

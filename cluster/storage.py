@@ -32,7 +32,7 @@ class Storage:
     """Copies what is new in a run directory, in a thread of its own, whenever there is a new row of metrics.
 
     The journal comes last, as it was before anything else was copied, so it never speaks of a file that is not there.
-    Every file appears complete or not at all.
+    Every file appears complete or not at all. Checkpoints that the run has let go of are removed here, too.
 
     Args:
         url: what `pyarrow.fs.FileSystem.from_uri` takes (``s3://``, ``gs://``, ``hdfs://``, ``file://``), or a path.
@@ -96,6 +96,10 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
                 if file.is_file() and self._known.get(file) != _stamp(file):
                     self._copy(file)
+        checkpoints = FileSelector(str(self._root / "checkpoints"), allow_not_found=True)
+        for info in self._fs.get_file_info(checkpoints):
+            if not (self._run_dir / "checkpoints" / info.base_name).exists():  # run.keep_checkpoints
+                self._fs.delete_dir(info.path)
         if whole := seen[: seen.rfind(b"\n") + 1]:
             self._write(_JOURNAL, BytesIO(whole))
 

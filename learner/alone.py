@@ -30,6 +30,7 @@ from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
     from_published,
+    prune_checkpoints,
     save_policy,
     to_publish,
 )
@@ -103,6 +104,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                 learning.load_state_dict(start)
             acting, diagnostics = update(learning, steps, config.train, config.objective, generator, anchor=anchor)
         save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
+        if config.run.keep_checkpoints is not None:
+            prune_checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints)
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}

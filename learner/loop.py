@@ -166,6 +166,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             with home.writing(checkpoints / f"{step + 1:04d}") as place:
                 save_policy(place, acting, about={"update": step + 1})
             ray.get(store.publish.remote(step + 1, [ray.put(arrays)], sha256), timeout=limit)
+            home.prune(checkpoints, config.run.keep_checkpoints)
         ray.train.report(row)
 
 

@@ -22,6 +22,14 @@ from ript_ray.types import Context, Trajectory
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes one of them runs everything that starts Ray: a machine has room for one session."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from actors.rollout import RolloutActor
 from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session
 from ript_ray.config import Config, ScalingConfig
+from ript_ray.data.storage import load_episode, load_trajectory
+from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import to_publish
 from ript_ray.policies.flow import FlowConfig, FlowPolicy
 from ript_ray.policies.transform import Transform
@@ -77,8 +80,8 @@ def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     del os.environ[ARMED], os.environ["PYTHONPATH"]
 
 
-def start_actor(config: Config) -> Any:
-    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, point_policy().describe(), "Weights")
+def start_actor(config: Config, store: str = "Weights") -> Any:
+    actor = RolloutActor.options(num_cpus=0.5).remote(0, config, point_policy().describe(), store)
     ray.get(actor.awake.options(max_task_retries=3).remote(), timeout=60)
     return actor
 
@@ -170,6 +173,30 @@ def test_rollouts_of_an_update_end_by_quota_or_budget(
     assert accepted is None or row["rollout/groups_accepted"] == accepted
     assert row["rollout/groups_accepted"] + row["rollout/groups_open"] <= config.sampling.max_groups
     for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+def test_episodes_that_are_too_old_to_be_trained_on_again_shrink_to_records(armed: Path, tmp_path: Path) -> None:
+    config = point_config(HEALTHY)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"updates": 5, "max_staleness": 0})})
+    store = WeightStore.options(name="Rising").remote()
+    publish(store, 0, *to_publish(point_policy()))
+    actor, pool = start_actor(config, "Rising"), SamplePool.remote(config)
+    coordinator = Coordinator.remote(config, [actor], pool, store, tmp_path)
+    ended = coordinator.run.remote()
+    for step in range(config.train.updates):  # a learner that changes nothing
+        assert ray.get(pool.next_shard.remote(step, 0, 1, 60.0)) is not None
+        publish(store, step + 1, *to_publish(point_policy()))
+    ray.get(ended, timeout=60)
+    whole = {}
+    for file in sorted((tmp_path / "episodes").glob("*.safetensors")):
+        assert load_episode(file)[0].actions.shape[1] == 2
+        with contextlib.suppress(UserError):
+            whole[file.stem] = load_trajectory(file).policy_version
+    assert len(list((tmp_path / "episodes").glob("*.safetensors"))) == 20  # four in each update
+    # The last ones were played when version 4 was there: two more versions are spared.
+    assert sorted(whole.values()) == [version for version in (2, 3, 4) for _ in range(4)]
+    for handle in (actor, pool, coordinator, store):
         ray.kill(handle)
 
 

@@ -197,6 +197,7 @@ def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tm
 
 
 @pytest.mark.libero
+@pytest.mark.ray
 def test_demonstrations_and_imitation(tmp_path: Path) -> None:
     demos, policy = tmp_path / "demos.safetensors", tmp_path / "policy"
     common = (f"data.demos={demos}", f"run.dir={tmp_path}/run")

@@ -22,7 +22,7 @@ from actors.journal import read_journal
 from benchmarks.faults import CLUSTER_FAULTS, FAULTS
 from ript_ray.data.storage import save_episode
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import newest_policy, save_policy
+from ript_ray.policies.checkpoints import newest_policy, prune_checkpoints, save_policy
 from ript_ray.types import EpisodeRecord
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,7 @@ SETTINGS = [
     "train.batch_size=16",
     "train.micro_batch=16",
     "eval.episodes=4",
+    "run.keep_checkpoints=2",
 ]
 
 pytestmark = pytest.mark.ray
@@ -157,6 +158,8 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     numbers = [entry["number"] for entry in read_journal(elsewhere) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
     assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()
+    for place in (undisturbed, elsewhere, tmp_path / "stored"):
+        assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["0002", "0003"]
 
 
 @pytest.mark.slow
@@ -218,6 +221,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert len(damaged) == 1
     assert "0002" in damaged[0]
     assert "sha256 is not the one that was written" in damaged[0]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    names = ["0001", "0002", "0003", "0010", "unaveraged-0002", "unaveraged-0010"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "policy.json").write_text("{}")
+    prune_checkpoints(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in names if name != "0001"]
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0003", "0010", "unaveraged-0010"]
 
 
 def test_a_disk_that_is_full_is_the_disks_fault_and_leaves_what_was_there(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     assert (place / "checkpoints/0001/model.safetensors").stat().st_mtime_ns == before  # not copied again
     assert files_of(place)["journal.jsonl"] == b'{"kind": "session"}\n' * 2
 
+    (run / "checkpoints/0001").rename(run / "checkpoints/0002")
+    with stored(url, run):
+        pass
+    assert {name for name in files_of(place) if "checkpoints" in name} == {"checkpoints/0002/model.safetensors"}
+
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text("")

@@ -86,7 +86,10 @@ def load_trajectory(path: Path) -> Trajectory:
 
 def forget_trajectory(path: Path) -> None:
     """Leave of an episode's file only its record."""
-    save_episode(path, load_episode(path)[0])
+    with safe_open(path, framework="numpy") as file:
+        whole = "trajectory" in (file.metadata() or {})
+    if whole:
+        save_episode(path, load_episode(path)[0])
 
 
 def simulator_versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,6 +103,17 @@ def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
         except UserError as error:
             damaged.append(str(error))
     return 0, None, damaged
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Of a run's ``checkpoints`` leave only those of the newest ``keep`` updates, whatever they are of (``0007``,
+    ``unaveraged-0007``).
+    """
+    updates = {path: int(number) for path in folder.iterdir() if (number := path.name.rpartition("-")[2]).isdecimal()}
+    kept = sorted(set(updates.values()))[-keep:]
+    for path, update in updates.items():
+        if update not in kept:
+            shutil.rmtree(path)
 
 
 def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> Policy:

@@ -69,7 +69,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     restarts = 0
     with (
         told_how_to_resume(run_dir),
-        stored(config.run.storage, run_dir) as storage,
+        stored(config.run.storage, run_dir, config.run.keep_checkpoints) as storage,
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
         report_server(run_dir, config.run.report_host, config.run.report_port) as address,
     ):
@@ -311,6 +311,17 @@ def load_starting_policy(config: Config) -> Policy:
         raise UserError(
             f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
             f"{size}×{size} pixels; set env.image_size={size}"
+        )
+    least = policy.transform.smallest_frame_size
+    if config.env.image_size < least:
+        raise UserError(
+            f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} looks at {least}×"
+            f"{least} pixels and would see blurred frames; set env.image_size={least} or more (LIBERO's is 256)"
+        )
+    if config.policy.execute > policy.horizon:
+        raise UserError(
+            f"policy.execute={config.policy.execute}: policy.checkpoint={config.policy.checkpoint!r} predicts chunks "
+            f"of {policy.horizon}; set policy.execute={policy.horizon} or less"
         )
     return policy
 

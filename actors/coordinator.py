@@ -13,7 +13,7 @@ run         finished episodes     sealed steps        weights version ≥ step �
 evaluate    held-out contexts     success counts      its episodes                       –
 
 It is the caller of `collect`, hence the owner of every trajectory: an actor that dies loses only the episode it runs,
-which is played again. Every wait is bounded by the episode's time limit.
+which is played again. Every wait is bounded.
 
 In ``async`` mode groups that are unfinished when an update has enough go on and count for the next one, so nobody waits
 for the slowest episode; new ones are opened once version step − lead is there. In ``sync`` mode groups are judged in
@@ -24,6 +24,7 @@ resumed (`actors.journal`) ends as if it had never stopped.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -44,8 +45,11 @@ from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
+from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts
 from ript_ray.types import Context, EpisodeReport
+
+log = logging.getLogger("ript_ray")
 
 _SPARE_VERSIONS = 2
 """Episodes stay whole a little longer: should the newest checkpoints be damaged, they are trained on again."""
@@ -387,8 +391,14 @@ class Coordinator:
         now.judged(group.contexts[0].env_id, rewards.tolist(), versions)
         self._sampler.record(group, rewards)
         references = []
-        if is_kept(rewards, self._config.objective):
-            references = [self._reference(outcome) for outcome in members]
+        try:
+            if is_kept(rewards, self._config.objective):
+                references = [self._reference(outcome) for outcome in members]
+        except UserError as error:  # `run.storage` may have an episode as it became after the journal was copied
+            fault = f"group {group.id} is not trained on: {error}"
+            self._totals.errors.append(fault)
+            self._journal.fault(fault)
+            return
         accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))
         if accepted:
             now.accepted += 1
@@ -416,13 +426,19 @@ class Coordinator:
         file = self._journal.episode_file(number)
         # Actors that are only simulated write none (benchmarks/control.py).
         if file is not None and file.exists() and not self._journal.replaying:
-            forget_trajectory(file)
+            try:
+                forget_trajectory(file)
+            except (OSError, UserError):  # nobody needs it, whole or damaged
+                log.exception("%s was left as it is", file)
 
     def _forget_stale(self) -> None:
-        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come."""
+        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come.
+
+        Those of earlier sessions were forgotten then.
+        """
         oldest = self._version - self._config.train.max_staleness - _SPARE_VERSIONS
         for _ in range(2):
-            if self._accepted and self._accepted[0][0] < oldest and not self._journal.replaying:
+            if self._accepted and self._accepted[0][0] < oldest:
                 self._forget(self._accepted.popleft()[1])
 
     def _give_up(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -40,6 +40,8 @@ class Episode:
     number: int = -1
     """In the journal of the run; given by the dispatcher."""
     attempts: int = 0
+    failed_on: set[Any] = field(default_factory=set)
+    """Actors that could not play it: it may be they that are to blame."""
     deadline: float = 0.0
 
 
@@ -189,10 +191,10 @@ class Dispatcher:
                         f"{actor} lost something it depends on, which is not its environment: {error.cause}"
                     ) from error
                 self._idle.append(actor)
-                self._retry(episode, error)
+                self._retry(episode, actor, error)
             except (RayActorError, ObjectLostError) as error:
                 self._expect(actor, episode)
-                self._retry(episode, error)
+                self._retry(episode, actor, error)
         self._end_overdue()
         self._start()
 
@@ -262,7 +264,7 @@ class Dispatcher:
         for actor in [actor for actor in self._idle if actor not in self._rendering]:
             episode = self._next_for(actor)
             if episode is None:
-                break
+                continue
             self._idle.remove(actor)
             self._at[actor] = episode.context.env_id
             episode.attempts += 1
@@ -288,14 +290,21 @@ class Dispatcher:
         return True
 
     def _next_for(self, actor: Any) -> Episode | None:
+        """Of the task that the actor is at, if there is one; what it could not play is for another, if there is one."""
         at = self._at.get(actor)
         while self._queue:
-            index = next((i for i, episode in enumerate(self._queue) if at in (None, episode.context.env_id)), 0)
+            fit = [i for i, episode in enumerate(self._queue) if not episode.failed_on or self._may_try(actor, episode)]
+            if not fit:
+                return None
+            index = next((i for i in fit if at in (None, self._queue[i].context.env_id)), fit[0])
             episode = self._queue[index]
             del self._queue[index]
             if not self._was_finished(episode):
                 return episode
         return None
+
+    def _may_try(self, actor: Any, episode: Episode) -> bool:
+        return actor not in episode.failed_on or episode.failed_on.issuperset(self.there)
 
     def _end_overdue(self) -> None:
         """A hung simulator cannot rescue itself: its process is killed, Ray starts it anew, the episode is retried."""
@@ -305,7 +314,8 @@ class Dispatcher:
                 self._survived(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
                 ray.kill(actor, no_restart=False)
 
-    def _retry(self, episode: Episode, error: Exception) -> None:
+    def _retry(self, episode: Episode, actor: Any, error: Exception) -> None:
+        episode.failed_on.add(actor)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         self._survived(f"{episode.context}: {reason}")
         if episode.attempts < _MAX_ATTEMPTS:

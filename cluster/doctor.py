@@ -20,9 +20,9 @@ _PROBE = """
 import json, sys
 from ript_ray.envs import make, rendering
 chosen = rendering.choose()
-env = make(sys.argv[1], 64)
+env = make(sys.argv[1], int(sys.argv[2]))
 observation, _ = env.reset(seed=0, options={"init_state": 0})
-assert observation["agentview"].std() > 1, "the frame is blank"
+assert observation[env.cameras[0]].std() > 1, "the frame is blank"
 print(json.dumps(chosen))
 """
 
@@ -73,7 +73,7 @@ def _packages(_: Config) -> str:
 def _rendering(config: Config) -> str:
     """In a child with a time limit: a broken driver hangs or crashes rather than raise."""
     try:
-        chosen = ask_child(_PROBE, _PROBE_TIMEOUT_S, config.env.ids[0])
+        chosen = ask_child(_PROBE, _PROBE_TIMEOUT_S, config.env.ids[0], str(config.env.image_size))
     except RuntimeError as error:
         raise RuntimeError(
             f"{error}; try MUJOCO_GL=osmesa, or on Debian or Ubuntu run: apt-get install {DEBIAN_PACKAGES} libosmesa6"

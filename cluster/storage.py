@@ -22,6 +22,8 @@ log = logging.getLogger("ript_ray")
 _JOURNAL = "journal.jsonl"
 _NOT_KEPT = ("learners", "mlflow-artifacts")
 """Folders that a run does not go on from."""
+_LAST = "policy.json"
+"""A checkpoint that has it is whole: files are copied in the order of their names."""
 _CLOSE_TIMEOUT_S = 600.0
 _WHOLE = ("s3", "gcs", "abfs")
 """Object stores: what is written appears whole or not at all, and cannot be renamed, only copied (S3: up to 5 GB)."""
@@ -32,18 +34,20 @@ class Storage:
     """Copies what is new in a run directory, in a thread of its own, whenever there is a new row of metrics.
 
     The journal comes last, as it was before anything else was copied, so it never speaks of a file that is not there.
-    Every file appears complete or not at all. Checkpoints that the run has let go of are removed here, too.
+    Every file appears complete or not at all. Older checkpoints go here when newer ones are here.
 
     Args:
         url: what `pyarrow.fs.FileSystem.from_uri` takes (``s3://``, ``gs://``, ``hdfs://``, ``file://``), or a path.
         run_dir: is copied.
+        keep_checkpoints: so many there, all by default.
 
     Raises:
-        UserError: when nothing can be written there, or another run's files are there.
+        UserError: when nothing can be written there, or another run's files are there, or this run's when it was
+            further.
     """
 
-    def __init__(self, url: str, run_dir: Path) -> None:
-        self._url, self._run_dir = url, run_dir
+    def __init__(self, url: str, run_dir: Path, keep_checkpoints: int | None = None) -> None:
+        self._url, self._run_dir, self._keep = url, run_dir, keep_checkpoints
         self._known: dict[Path, tuple[int, int]] = {}
         self._fs, self._root = _open(url)
         with _explained(url):
@@ -52,6 +56,13 @@ class Storage:
             raise UserError(
                 f"run.storage={url!r} holds another run than {run_dir}; give a new run another place, or go on with "
                 "that one: run.resume=true with a run.dir that is not there yet"
+            )
+        with _explained(url):
+            written = self._fs.get_file_info(str(self._root / _JOURNAL)).size or 0
+        if written > _size(run_dir / _JOURNAL):
+            raise UserError(
+                f"run.storage={url!r} is further than {run_dir}: the run went on elsewhere; to go on from there, move "
+                f"{run_dir} away and send the same command again"
             )
         with _explained(url):
             self._fs.create_dir(str(self._root), recursive=True)
@@ -89,19 +100,28 @@ class Storage:
     def _save(self) -> None:
         journal = self._run_dir / _JOURNAL
         seen = journal.read_bytes() if journal.exists() else b""
-        for file in sorted(self._run_dir.rglob("*")):
+        # What an average was made of comes before it: the run goes on from both.
+        for file in sorted(self._run_dir.rglob("*"), key=lambda file: ("unaveraged" not in str(file), file)):
             inside = file.relative_to(self._run_dir).parts
             if file == journal or inside[0] in _NOT_KEPT or any(part.startswith(".") for part in inside):
                 continue
             with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
                 if file.is_file() and self._known.get(file) != _stamp(file):
                     self._copy(file)
-        checkpoints = FileSelector(str(self._root / "checkpoints"), allow_not_found=True)
-        for info in self._fs.get_file_info(checkpoints):
-            if not (self._run_dir / "checkpoints" / info.base_name).exists():  # run.keep_checkpoints
-                self._fs.delete_dir(info.path)
+        if self._keep is not None:
+            self._prune(self._keep)
         if whole := seen[: seen.rfind(b"\n") + 1]:
             self._write(_JOURNAL, BytesIO(whole))
+
+    def _prune(self, keep: int) -> None:
+        """Of the checkpoints that are there leave the newest ``keep`` whole ones, and what is newer than the last."""
+        found = self._fs.get_file_info(FileSelector(str(self._root / "checkpoints"), True, True))
+        files = [PurePosixPath(info.path) for info in found if info.type == FileType.File]
+        whole = sorted({int(file.parent.name) for file in files if file.name == _LAST and file.parent.name.isdecimal()})
+        for folder in {file.parent for file in files}:
+            update = folder.name.rpartition("-")[2]
+            if len(whole) >= keep and update.isdecimal() and int(update) < whole[-keep]:
+                self._fs.delete_dir(str(folder))
 
     def _there(self) -> Iterator[tuple[Path, tuple[int, int]]]:
         """What an earlier session has copied, and nobody has changed since."""
@@ -132,9 +152,9 @@ class Storage:
 
 
 @contextlib.contextmanager
-def stored(url: str | None, run_dir: Path) -> Iterator[list[Storage]]:
+def stored(url: str | None, run_dir: Path, keep_checkpoints: int | None = None) -> Iterator[list[Storage]]:
     """A `Storage` for the time of a run, in a list; none when there is no URL."""
-    storage = [Storage(url, run_dir)] if url else []
+    storage = [Storage(url, run_dir, keep_checkpoints)] if url else []
     try:
         yield storage
     finally:
@@ -194,6 +214,10 @@ def _explained(url: str) -> Iterator[None]:
             f"run.storage={url!r}: {str(error).splitlines()[0]}; expected a folder that can be written: a path, or "
             "a URL such as s3://bucket/run, with the credentials that its service looks for"
         ) from error
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class Tracker:
 
         for file in sorted(run_dir.glob("*.*")):
             mlflow.log_artifact(str(file))
-        checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]*"))
+        checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
         if checkpoints:
             mlflow.pyfunc.log_model(
                 name="policy",

@@ -439,7 +439,7 @@ class Config(_Section):
     bench: BenchConfig = BenchConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Config:
+    def _check_states(self) -> Config:
         train, held_out = self.env.train_init_states, self.env.eval_init_states
         for name, (first, end) in (("train", train), ("eval", held_out)):
             if not 0 <= first < end <= INIT_STATES:
@@ -452,6 +452,14 @@ class Config(_Section):
                 f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "
                 "a policy must not be trained on the states it is evaluated on"
             )
+        if self.sampling.max_groups < self.sampling.groups:
+            raise ValueError(
+                f"sampling.max_groups={self.sampling.max_groups} is less than sampling.groups={self.sampling.groups}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_processes(self) -> Config:
         if self.train.mode == "async" and self.train.lead > self.train.max_staleness:
             raise ValueError(
                 f"train.lead={self.train.lead} is more than train.max_staleness={self.train.max_staleness}; "
@@ -490,14 +498,26 @@ class Config(_Section):
                 f"scaling.learner_gpus={scaling.learner_gpus:g} with scaling.learners={scaling.learners}: Ray may give "
                 "two learners shares of the same GPU, which NCCL refuses; expected whole ones, scaling.learner_gpus=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Config:
         objective = self.objective
-        if objective.name == "flow_sde" and (
-            self.policy.explore == 0.0 or self.policy.guidance != 1.0 or self.data.windows != "seen"
-        ):
+        if objective.name == "flow_sde" and self.policy.explore == 0.0:
             raise ValueError(
-                f"objective.name=flow_sde with policy.explore={self.policy.explore}, policy.guidance="
-                f"{self.policy.guidance}, data.windows={self.data.windows}: expected policy.explore above 0 (for "
-                "example 0.5), policy.guidance=1 and data.windows=seen: it learns from the stochastic steps of rollouts"
+                f"objective.name=flow_sde with policy.explore={self.policy.explore:g}: expected more than 0, for "
+                "example 0.5; it learns from the stochastic steps of rollouts"
+            )
+        compares = objective.name in ("fpo", "nft", "flow_sde")
+        if compares and self.data.windows != "seen":
+            raise ValueError(
+                f"objective.name={objective.name} with data.windows={self.data.windows}: it compares with what the "
+                "policy answered to what it saw; set data.windows=seen"
+            )
+        if objective.name == "advantage_weighted" and objective.negatives == "keep":
+            raise ValueError(
+                "objective.negatives=keep with objective.name=advantage_weighted: where advantages are negative the "
+                "loss has no bound, and diverges; set objective.negatives=hinge (or relu, exp, softplus, clamp, abs)"
             )
         if objective.negatives == "hinge" and objective.name != "advantage_weighted":
             raise ValueError(
@@ -518,10 +538,25 @@ class Config(_Section):
                 f"train.max_staleness={self.train.max_staleness}: it compares with the policy before the update, which "
                 "must have made the samples; set train.restart=false train.max_staleness=0"
             )
-        if self.sampling.max_groups < self.sampling.groups:
+        if objective.name == "flow_sde" and self.train.updates > 1 and self.train.restart:
             raise ValueError(
-                f"sampling.max_groups={self.sampling.max_groups} is less than sampling.groups={self.sampling.groups}"
+                "objective.name=flow_sde with train.restart=true: to the starting policy, what later ones did is so "
+                "unlikely that its ratio is clipped and teaches nothing; set train.restart=false"
             )
+        averaged = self.train.ema > 0 and self.train.act_with_ema
+        if objective.name in ("fpo", "nft") and self.train.updates > 1 and averaged:
+            raise ValueError(
+                f"objective.name={objective.name} with train.ema={self.train.ema:g} and train.act_with_ema=true: it "
+                "compares with the weights before the update, and their average made the samples; set "
+                "train.act_with_ema=false"
+            )
+        if compares or (objective.name in ("cfg", "imitation", "advantage_weighted") and objective.alpha == 0.0):
+            for key, scale in (("policy.guidance", self.policy.guidance), ("eval.guidance", self.eval.guidance)):
+                if scale != 1.0:
+                    raise ValueError(
+                        f"{key}={scale:g} with objective.name={objective.name}, objective.alpha={objective.alpha:g}: "
+                        f"only one of the two branches is trained, there is nothing to guide by; set {key}=1"
+                    )
         return self
 
 

@@ -34,6 +34,8 @@ def test_overrides_are_typed() -> None:
         ("env.eval_init_states=[25, 80]", ["env.eval_init_states", "<= 50"]),
         ("objective.clip=symmetric", ["objective.clip=symmetric", "objective.name=cfg", "advantage_weighted"]),
         ("objective.name=nft", ["train.restart=true", "set train.restart=false train.max_staleness=0"]),
+        ("objective.name=advantage_weighted", ["objective.negatives=keep", "set objective.negatives=hinge"]),
+        ("objective.name=flow_sde", ["policy.explore=0", "0.5"]),
         ("scaling.learners=3", ["train.batch_size=64", "scaling.learners=3"]),
         ("train.shard=true", ["train.shard=true with scaling.learners=1", "two learners or more"]),
         ("scaling.min_actors=3", ["scaling.min_actors=3", "scaling.actors=2"]),
@@ -52,6 +54,30 @@ def test_learners_get_gpus_that_they_can_use(learners: int, gpus: float, expecte
     message = rf"scaling\.learner_gpus={gpus} with scaling\.learners={learners}.*{expected}"
     with pytest.raises(UserError, match=message):
         load_config(None, [f"scaling.learners={learners}", f"scaling.learner_gpus={gpus}"])
+
+
+_COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.name=flow_sde", "policy.explore=0.5"], "set train.restart=false"),
+        (["objective.name=flow_sde", *_COMPARING, "data.windows=all"], "set data.windows=seen"),
+        (["objective.name=fpo", *_COMPARING, "train.ema=0.9"], "set train.act_with_ema=false"),
+        (["objective.name=nft", *_COMPARING, "policy.guidance=2"], "set policy.guidance=1"),
+        (["objective.name=fpo", *_COMPARING, "eval.guidance=2"], "set eval.guidance=1"),
+        (["objective.alpha=0", "eval.guidance=2"], "set eval.guidance=1"),
+    ],
+)
+def test_an_objective_is_refused_where_it_would_not_do_what_it_says(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize("name", ["fpo", "nft", "flow_sde"])
+def test_objectives_that_compare_with_the_old_policy_are_accepted_with_its_own_samples(name: str) -> None:
+    assert load_config(None, [f"objective.name={name}", *_COMPARING]).objective.name == name
 
 
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path: Path) -> None:

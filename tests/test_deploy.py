@@ -98,6 +98,10 @@ def test_the_container_holds_all_that_the_project_is() -> None:
     packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
     modules = {f"{name}.py" for name in project["tool"]["setuptools"]["py-modules"]}
     assert packages | modules | {"pyproject.toml", project["project"]["readme"]} <= copied
+    job = yaml.safe_load((DEPLOY / "kuberay-rayjob.yaml").read_text())["spec"]
+    words = job["entrypoint"].split()
+    config = words[words.index("--config") + 1]
+    assert {Path(config).parts[0], Path(job_of(job["entrypoint"]).policy.checkpoint).parts[0]} <= copied
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,13 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     assert (place / "checkpoints/0001/model.safetensors").stat().st_mtime_ns == before  # not copied again
     assert files_of(place)["journal.jsonl"] == b'{"kind": "session"}\n' * 2
 
-    (run / "checkpoints/0001").rename(run / "checkpoints/0002")
-    with stored(url, run):
+    with (run / "journal.jsonl").open("a") as journal:
+        journal.write('{"kind": "played"}\n')
+    (run / "journal.jsonl").rename(run / "older")  # a machine that the run has left comes back
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n')
+    with pytest.raises(UserError, match=r"is further than .*move"), stored(url, run):
         pass
-    assert {name for name in files_of(place) if "checkpoints" in name} == {"checkpoints/0002/model.safetensors"}
+    (run / "older").rename(run / "journal.jsonl")
 
     other = tmp_path / "other"
     other.mkdir()
@@ -53,6 +57,39 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     with pytest.raises(UserError, match=r"holds another run than .*other"), stored(url, other):
         pass
     assert files_of(place)["config.yaml"] == b"run: {}\n"
+
+
+def test_older_checkpoints_go_when_newer_ones_are_there(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "place"
+
+    def checkpoints() -> set[str]:
+        return {path.name for path in (place / "checkpoints").iterdir()}
+
+    def learn(update: int, *files: str) -> None:
+        for file in files:
+            (run / f"checkpoints/{update:04d}").mkdir(parents=True, exist_ok=True)
+            (run / f"checkpoints/{update:04d}" / file).write_text("{}")
+
+    learn(1, "model.safetensors", "policy.json")
+    learn(2, "model.safetensors", "policy.json")
+    (run / "checkpoints/unaveraged-0001").mkdir()
+    (run / "checkpoints/unaveraged-0001/policy.json").write_text("{}")
+    (run / "config.yaml").write_text("")
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n')
+    with stored(str(place), run, 2):
+        pass
+    assert checkpoints() == {"0001", "0002", "unaveraged-0001"}
+    shutil.rmtree(run / "checkpoints/0001")
+    with stored(str(place), run):  # whoever makes room here keeps what is there
+        pass
+    learn(3, "model.safetensors")  # half copied
+    with stored(str(place), run, 2):
+        pass
+    assert checkpoints() == {"0001", "0002", "0003", "unaveraged-0001"}
+    learn(3, "policy.json")
+    with stored(str(place), run, 2):
+        pass
+    assert checkpoints() == {"0002", "0003"}
 
 
 def test_a_restore_that_is_interrupted_is_not_taken_for_whole(tmp_path: Path) -> None:

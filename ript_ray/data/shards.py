@@ -40,8 +40,12 @@ def make_shard(
     if config.data.distinct is not None and config.data.distinct < len(windows):
         rng = np.random.default_rng([config.run.seed, step, 1])
         windows = windows[np.sort(rng.choice(len(windows), config.data.distinct, replace=False))]
-    raw = credited([reports[i] for i in identifiers], np.array([advantages[i] for i in identifiers]), config.objective)
-    weights, counts = process(raw, config.objective)
+    raw, neither = credited(
+        [reports[i] for i in identifiers], np.array([advantages[i] for i in identifiers]), config.objective
+    )
+    # What counts as neither good nor bad has no weight, and no say in how the others are normalised.
+    weights = np.zeros_like(raw)
+    weights[~neither], counts = process(raw[~neither], config.objective)
     good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
     seed = [config.run.seed, step]
     shard = Shard(
@@ -56,7 +60,9 @@ def make_shard(
     return shard, counts
 
 
-def credited(reports: Sequence[EpisodeReport], advantages: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
+def credited(
+    reports: Sequence[EpisodeReport], advantages: np.ndarray, objective: ObjectiveConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """Advantages as ``objective.baseline`` and ``objective.fastest`` want them.
 
     Args:
@@ -65,7 +71,7 @@ def credited(reports: Sequence[EpisodeReport], advantages: np.ndarray, objective
         objective: its settings.
 
     Returns:
-        float64[N].
+        float64[N], and which of them ``fastest`` left without credit: bool[N].
     """
     successes = np.array([report.success for report in reports], dtype=bool)
     tasks = [report.context.env_id for report in reports]
@@ -73,8 +79,9 @@ def credited(reports: Sequence[EpisodeReport], advantages: np.ndarray, objective
         advantages = against_task(successes, tasks)
     if objective.fastest < 1.0:
         lengths = np.array([report.length for report in reports])
-        advantages = credit_fastest(advantages, lengths, successes, tasks, objective.fastest)
-    return advantages
+        fast = credit_fastest(advantages, lengths, successes, tasks, objective.fastest)
+        return fast, (advantages != 0) & (fast == 0)
+    return np.asarray(advantages, dtype=np.float64), np.zeros(len(advantages), dtype=bool)
 
 
 def trained_starts(report: EpisodeReport, data: DataConfig) -> list[int]:

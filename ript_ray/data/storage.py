@@ -38,7 +38,9 @@ def save_trajectories(path: Path, trajectories: Iterable[Trajectory], about: dic
     _save(path, tensors, {"trajectories": json.dumps(records), "about": json.dumps(about)})
 
 
-def save_episode(path: Path, record: EpisodeRecord, trajectory: Trajectory | None = None) -> None:
+def save_episode(
+    path: Path, record: EpisodeRecord, trajectory: Trajectory | None = None, made_with: dict[str, str] | None = None
+) -> None:
     """Write the record of one episode, with the versions that shaped it; a few kilobytes.
 
     The file appears complete or not at all.
@@ -47,12 +49,13 @@ def save_episode(path: Path, record: EpisodeRecord, trajectory: Trajectory | Non
         path: of the file.
         record: what it takes to play it again.
         trajectory: all of it, to be trained on after a restart; some hundred kilobytes.
+        made_with: versions, if it was not just played with those that are installed.
 
     Raises:
         OSError: when the disk does not take it.
     """
     plain = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in _RECORD_ARRAYS}
-    about = plain | {"context": asdict(record.context), "versions": simulator_versions()}
+    about = plain | {"context": asdict(record.context), "versions": made_with or simulator_versions()}
     metadata = {"episode": json.dumps(about)}
     tensors = {name: np.ascontiguousarray(getattr(record, name)) for name in _RECORD_ARRAYS}
     if trajectory is not None:
@@ -85,11 +88,14 @@ def load_trajectory(path: Path) -> Trajectory:
 
 
 def forget_trajectory(path: Path) -> None:
-    """Leave of an episode's file only its record."""
-    with safe_open(path, framework="numpy") as file:
-        whole = "trajectory" in (file.metadata() or {})
-    if whole:
-        save_episode(path, load_episode(path)[0])
+    """Leave of an episode's file only its record.
+
+    Raises:
+        OSError: when the disk does not take it.
+        UserError: when the file is damaged.
+    """
+    record, made_with = load_episode(path)
+    save_episode(path, record, made_with=made_with)
 
 
 def simulator_versions() -> dict[str, str]:

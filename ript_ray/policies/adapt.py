@@ -44,7 +44,9 @@ def freeze(policy: nn.Module, parts: Sequence[str]) -> None:
 
 
 def add_lora(policy: nn.Module, rank: int, part: str) -> None:
-    """Train nothing but low-rank changes of the linear layers of a part.
+    """Train nothing but low-rank changes of the linear layers of a part, and the condition.
+
+    A converted policy has not learnt yet what tells "good" from "bad": without the condition they would stay the same.
 
     Args:
         policy: changed in place.
@@ -63,7 +65,10 @@ def add_lora(policy: nn.Module, rank: int, part: str) -> None:
     ]
     if not chosen:
         raise UserError(f"train.lora_part={part!r}: no linear layer to train there; 'all' takes every part")
+    condition = [p for name, p in policy.named_parameters() if name.startswith("condition.") and p.requires_grad]
     policy.requires_grad_(False)
+    for parameter in condition:
+        parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)  # the same for all learners
     for module in chosen:
         weight = module.weight

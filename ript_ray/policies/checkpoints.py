@@ -97,7 +97,7 @@ def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
         Its update and the policy, or 0 and None when there is none; and what is wrong with newer ones.
     """
     damaged: list[str] = []
-    for path in sorted(folder.glob("[0-9]*"), reverse=True):
+    for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name), reverse=True):
         try:
             return int(path.name), load_policy(path), damaged
         except UserError as error:
@@ -113,7 +113,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     kept = sorted(set(updates.values()))[-keep:]
     for path, update in updates.items():
         if update not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what a busy disk keeps goes next time
 
 
 def build_policy(description: Mapping[str, Any], weights: Weights, share: bool = False) -> Policy:

@@ -75,6 +75,11 @@ class Normalisation:
         """Height and width of the frames that it takes, in pixels; None: of any, it resizes them."""
         return None
 
+    @property
+    def smallest_frame_size(self) -> int:
+        """Frames of fewer pixels would be enlarged, and blurred."""
+        return self.frame_size or 1
+
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:
         """float32[B, S] in SI units → normalised, float32[B, max(S, state_width)]."""
         encoded = (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + EPS)

@@ -18,6 +18,10 @@ class Pi0Transform(Normalisation):
     image_size: int = 224
     """Height and width of what the vision tower sees, in pixels."""
 
+    @property
+    def smallest_frame_size(self) -> int:
+        return self.image_size
+
     def encode_images(self, frames: torch.Tensor) -> torch.Tensor:
         """uint8[B, C, H, W, 3] → float32[B, C, 3, image_size, image_size] in [−1, 1]."""
         batch, cameras = frames.shape[:2]

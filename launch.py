@@ -131,7 +131,8 @@ def train_until_it_fails(
     update, newest, damaged = newest_policy(run_dir / "checkpoints")
     for reason in damaged:
         log.warning("%s; going on from update %d", reason, update)
-    with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
+    patience_s = config.scaling.wait_timeout_s if survived else 0.0  # a node that was lost may come back
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling), patience_s):
         store, actors, absent = start_rollouts(config, newest or policy, update)
         pool = spawn(SamplePool, config, name="SamplePool")
         folder, faults = run_dir.resolve(), survived + damaged

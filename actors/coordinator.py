@@ -126,6 +126,7 @@ class Coordinator:
         self._newest: dict[bool, tuple[int, Any]] = {}
         """By success, the step that the newest rollout is of, and its reference."""
         self._learner_starts = 0
+        self._learnt_at = time.monotonic()
         self._lock = threading.Lock()
         self._stage = "starting"
         self._done = 0
@@ -266,6 +267,7 @@ class Coordinator:
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
         stage = f"update {step + 1}: learning"
+        self._learnt_at = time.monotonic()
         with self._lock:
             self._finished[stage] = done / expected
             if not self._stage.endswith("rollouts"):
@@ -456,11 +458,12 @@ class Coordinator:
 
     def _wait_for_weights(self, version: int) -> None:
         limit = self._config.scaling.wait_timeout_s
-        if not self._ask(self._store.wait_for.remote(version, limit)):
-            raise TimeoutError(
-                f"Coordinator waited {limit:.0f} s for weights version {version} from the learner; see the learner's "
-                "log, or raise scaling.wait_timeout_s"
-            )
+        while not self._ask(self._store.wait_for.remote(version, limit)):
+            if time.monotonic() - self._learnt_at > limit:  # an update of a large policy may take longer
+                raise TimeoutError(
+                    f"Coordinator waited {limit:.0f} s for weights version {version}, and the learner did nothing; see "
+                    "its log, or raise scaling.wait_timeout_s"
+                )
 
     def _ask(self, reference: Any) -> Any:
         return ray.get(reference, timeout=self._config.scaling.wait_timeout_s + 10.0)

@@ -310,7 +310,7 @@ class Dispatcher:
         """A hung simulator cannot rescue itself: its process is killed, Ray starts it anew, the episode is retried."""
         for _, (actor, _, episode) in list(self._running.items()):
             if time.monotonic() > episode.deadline:
-                episode.deadline = float("inf")  # its reference fails shortly and is then retried by `wait`
+                episode.deadline = float("inf")  # its reference fails shortly and is then retried by `_wait`
                 self._survived(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
                 ray.kill(actor, no_restart=False)
 

@@ -83,7 +83,9 @@ class RolloutActor:
                 guidance=guidance,
                 explore=explore,
             )
-        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        except RuntimeError as error:
+            if not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) and "CUDA" not in str(error):
+                raise
             # Not the environment's fault. After some errors CUDA does nothing more in a process; a new one may have to
             # wait for memory, but not for that.
             self._watchdog.end(f"the GPU failed it: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,8 +108,13 @@ def _selects(wanted: str, label: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
+def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 0.0) -> Iterator[None]:
     """Join the cluster of ``scaling.address`` (or of a submitted job), or start Ray on this machine for the time.
+
+    Args:
+        scaling: where it is.
+        plan: what the job needs of it.
+        patience_s: how long to wait for nodes that the plan needs.
 
     Raises:
         UserError: when the plan does not fit or the cluster cannot be reached.
@@ -136,11 +142,22 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan) -> Iterator[None]:
         ) from error
     try:
         if not local:
-            living = [node for node in ray.nodes() if node["Alive"]]
-            plan.check([node_of(node["Resources"], node["Labels"]) for node in living])
+            _check_cluster(plan, patience_s)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_cluster(plan: ResourcePlan, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        living = [node for node in ray.nodes() if node["Alive"]]
+        try:
+            return plan.check([node_of(node["Resources"], node["Labels"]) for node in living])
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def spawn(actor_class: Any, *args: Any, name: str | None = None) -> Any:

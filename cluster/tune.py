@@ -2,7 +2,7 @@
 
 Trials are compared by the success of their training rollouts, never by held-out states: the exam must not choose.
 Every update is reported, so that bad trials end early (ASHA, Li et al. 2020). The search, and each job in it, goes on
-where it was interrupted when the same command is given again.
+where it was interrupted when the same command, with `run.dir`, is given again.
 """
 
 from __future__ import annotations

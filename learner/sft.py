@@ -81,8 +81,12 @@ def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relati
     states, actions = np.concatenate([demo.states for demo in demos]), np.concatenate(labels)
     check_relative("sft.relative", relative, actions.shape[1], states.shape[1])
     mask = tuple(i < relative for i in range(actions.shape[1]))
-    transform = Transform.fit(states, actions, image_size=demos[0].frames.shape[2], relative=mask)
     before, chosen, valid = gather_actions(windows, dict(enumerate(demos)))
+    bases = None
+    if relative:  # the last actions of a chunk are further from the state before it than the first
+        bases = before[:, None].expand(-1, chosen.shape[1], -1)[valid].numpy()
+        actions = chosen[valid].numpy()
+    transform = Transform.fit(states, actions, demos[0].frames.shape[2], mask, bases)
     chunks = transform.encode_actions(chosen, before)
     counted = valid[..., None].float()
     mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)

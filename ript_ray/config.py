@@ -231,7 +231,8 @@ class TrainConfig(_Section):
     act_with_ema: bool = True
     """With ``ema``: publish the averaged weights, for rollouts and evaluation, instead of the last ones."""
     freeze: tuple[str, ...] = ()
-    """Parts of the policy that are not trained, for example [vision, language] of π0."""
+    """Parts of the policy that are not trained, for example [vision, projector, language, words] of π0: all
+    but what acts."""
     lora_rank: int = Field(default=0, ge=0)
     """Train only low-rank changes of linear layers, of this rank, merged at the end of each update; 0: all weights."""
     lora_part: str = "all"

@@ -34,7 +34,7 @@ class Dissection:
     looks: list[Stages]
     """Stages in the order in which they were computed, as `ript_ray.policies.stages.note` names them."""
     mirrored: bool
-    """Are frames upside down, as LIBERO's are?"""
+    """Are frames mirrored left to right, as LIBERO's are?"""
     first_difference: int | None
     """First step whose action is not the recorded one, rounding aside; None when all are."""
 

@@ -126,6 +126,18 @@ def test_a_faulty_simulator_costs_seconds_and_no_episode(armed: Path, fault: str
     ray.kill(actor)
 
 
+def test_an_actor_that_is_to_blame_itself_costs_no_episode(armed: Path) -> None:
+    config = point_config(HEALTHY)
+    sick, well = start_actor(config), start_actor(config)
+    ray.get(sick.__ray_call__.remote(lambda actor: setattr(actor, "_policy", None)))
+    dispatcher = Dispatcher([sick, well], config.scaling)
+    assert len(play(dispatcher, HEALTHY)) == 3
+    assert 0 < len(dispatcher.errors) <= 3  # it had a try at each
+    assert all("started without a weight store" in error for error in dispatcher.errors)
+    for actor in (sick, well):
+        ray.kill(actor)
+
+
 @pytest.mark.slow
 def test_a_task_that_always_fails_is_set_aside_and_the_rest_goes_on(armed: Path, tmp_path: Path) -> None:
     broken = "gymnasium/tests.faulty_worlds:Stillborn-v0"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def test_fitted_statistics_normalise_the_data() -> None:
     assert encoded.mean(0).abs().max() < 1e-6
     assert (encoded.std(0) - 1).abs().max() < 1e-2
     assert Transform.from_json(json.loads(json.dumps(transform.to_json()))) == transform
+
+
+def test_relative_actions_are_as_far_from_the_state_as_their_chunk_goes() -> None:
+    from learner.sft import new_policy
+
+    demo = make_trajectory(60, seed=1)
+    ramp = np.arange(60, dtype=np.float32)[:, None]
+    demo = dataclasses.replace(demo, states=np.tile(ramp, 8), actions=np.tile(ramp + 1, 7))
+    policy = new_policy("flow", [demo], [Window(0, start) for start in range(11)], relative=7)
+    assert isinstance(policy, FlowPolicy)
+    # Whichever the window, its actions are 1 to 50 ahead.
+    np.testing.assert_allclose(policy.transform.action_mean, 25.5, rtol=1e-5)
+    np.testing.assert_allclose(policy.transform.action_std, np.std(np.arange(1, 51)), rtol=1e-5)
+    np.testing.assert_allclose(policy.chunk_std, 0.05)  # each step of a chunk is always the same
 
 
 @pytest.mark.parametrize("relative", [None, (True, True, False)])

@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import make_trajectory
 
+from ript_ray.config import Config
+from ript_ray.data.shards import make_shard
 from ript_ray.data.storage import load_trajectories, save_trajectories
 from ript_ray.data.windows import batches_with_good, gather, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
-from ript_ray.types import Window
+from ript_ray.types import EpisodeReport, Window
 
 
 @pytest.mark.parametrize(("length", "count"), [(50, 1), (80, 31), (100, 51), (137, 88)])
@@ -47,6 +49,17 @@ def test_only_windows_that_were_seen_are_free() -> None:
     looks = make_trajectory(80).frame_steps
     assert seen_starts(80, looks) == [0, 10, 20, 30]
     assert seen_starts(80, looks, tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
+
+
+@pytest.mark.parametrize("rule", [{"normalise": "min_max"}, {"normalise": "standard"}, {"negatives": "exp"}])
+def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict[str, str]) -> None:
+    objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "fastest": 0.5} | rule
+    config = Config.model_validate({"objective": objective})
+    members = [make_trajectory(length, success) for length, success in ((60, True), (99, True), (70, False))]
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
+    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    assert shard.weights[1] == shard.advantages[1] == 0.0
+    assert shard.weights[0] > shard.weights[2]
 
 
 def test_shuffled_batches_are_whole_passes() -> None:

@@ -151,9 +151,7 @@ def load_stages(path: Path) -> Stages:
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); expected stages as 'compare A --stages FILE' writes"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error}); expected stages as 'compare A FILE' writes") from error
     return {name.split(" ", 1)[-1] if name[:3].isdigit() else name: found[name] for name in sorted(found)}
 
 

@@ -131,15 +131,21 @@ class Transform(Normalisation):
 
     @classmethod
     def fit(
-        cls, states: np.ndarray, actions: np.ndarray, image_size: int, relative: tuple[bool, ...] | None = None
+        cls,
+        states: np.ndarray,
+        actions: np.ndarray,
+        image_size: int,
+        relative: tuple[bool, ...] | None = None,
+        bases: np.ndarray | None = None,
     ) -> Transform:
         """Statistics of demonstrations.
 
         Args:
             states: float[N, S].
-            actions: float[N, A], the action at the same step as each state.
+            actions: float[M, A].
             image_size: of the frames that belong to them.
             relative: per action dimension, see the class; nowhere by default.
+            bases: the state that each action is relative to, that before its chunk: float[M, S]; ``states`` by default.
 
         Raises:
             UserError: when an action dimension is relative to one that the state does not have.
@@ -147,7 +153,8 @@ class Transform(Normalisation):
         relative = (False,) * actions.shape[1] if relative is None else relative
         mask = np.array(relative, dtype=actions.dtype)
         size = actions.shape[1]
-        shifted = actions - mask * np.pad(states, ((0, 0), (0, max(0, size - states.shape[1]))))[:, :size]
+        bases = states if bases is None else bases
+        shifted = actions - mask * np.pad(bases, ((0, 0), (0, max(0, size - bases.shape[1]))))[:, :size]
         floor = _SMALLEST_ARM_STD if states.shape[1] == len(_SMALLEST_ARM_STD) else _SMALLEST_STD
         return cls(
             state_mean=_floats(states.mean(0)),

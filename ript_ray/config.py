@@ -73,7 +73,7 @@ class PolicyConfig(_Section):
     checkpoint: str = "checkpoints/libero_object_0"
     """Folder of the starting policy."""
     execute: int = Field(default=10, ge=1, le=50)
-    """Actions executed of each predicted chunk of 50."""
+    """Actions executed of each predicted chunk, of which most policies have 50."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of a π0's weights in rollout actors; norms and small projections stay in float32, and so does what is
     trained."""
@@ -130,6 +130,8 @@ class DataConfig(_Section):
 
     demos: str = "data/demos/libero_object_0.safetensors"
     """Demonstrations, written by ``demos`` and read by ``sft``; a LeRobot dataset or LIBERO's HDF5 is read, too."""
+    frame_every: int = Field(default=1, ge=1)
+    """Of LeRobot datasets and HDF5 read every so many frames; windows start there. Actions are read all."""
     dataset_version: Literal["v3.0", "v2.1"] = "v3.0"
     """Format of LeRobot datasets that ``export`` writes."""
     windows: Literal["seen", "all"] = "seen"
@@ -234,7 +236,8 @@ class TrainConfig(_Section):
     """Parts of the policy that are not trained, for example [vision, projector, language, words] of π0: all
     but what acts."""
     lora_rank: int = Field(default=0, ge=0)
-    """Train only low-rank changes of linear layers, of this rank, merged at the end of each update; 0: all weights."""
+    """Train only the condition and low-rank changes of linear layers, of this rank, merged at the end of each update;
+    0: all weights."""
     lora_part: str = "all"
     """Part of the policy that gets them, for example ``expert`` of π0."""
     shard: bool = False

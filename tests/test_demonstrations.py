@@ -149,7 +149,7 @@ def test_an_arm_of_joint_angles_is_imitated_relative_to_where_it_stands(
     keys = Keys(("observation.images.base", "observation.images.wrist"), "observation.state", "action")
     write_dataset(tmp_path / "so100", demos, fps=30, robot_type="so100_follower", keys=keys)
     command = ["sft", f"data.demos={tmp_path / 'so100'}", f"sft.output={tmp_path / 'policy'}", "env.image_size=32"]
-    command += ["sft.steps=80", "train.batch_size=32", "train.micro_batch=32", "demos.frame_every=4"]
+    command += ["sft.steps=80", "train.batch_size=32", "train.micro_batch=32", "data.frame_every=4"]
     assert launch.main([*command, f"run.dir={tmp_path / 'run'}", "sft.relative=5"]) == 0
     policy = load_policy(tmp_path / "policy")
     assert policy.transform.relative == (True,) * 5 + (False,)

@@ -152,9 +152,11 @@ def train_until_it_fails(
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
+            interrupted = signal.getsignal(signal.SIGINT)
             try:
                 learners.fit()
             finally:
+                signal.signal(signal.SIGINT, interrupted)  # Ray Train leaves its own, which swallows Ctrl-C
                 monitor.raise_if_collecting_failed()
             ray.get(collecting, timeout=config.scaling.wait_timeout_s)
             final = ray.get(coordinator.evaluate.remote("evaluating after", keep=1))

@@ -152,7 +152,7 @@ class Coordinator:
                 break
             jobs = self._ask(self._pool.seal.remote(step))
             if self._ask(self._store.newest.remote(step)) is not None:  # learnt in an earlier session
-                self._ask(self._pool.rendering.remote([], []))
+                self._ask(self._pool.skip.remote(step))
             elif jobs:
                 # The learner may start: frames come in the order in which it needs them.
                 references = dispatcher.render(jobs)

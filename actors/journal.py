@@ -154,7 +154,8 @@ def read_journal(run_dir: Path) -> list[dict[str, Any]]:
 
 def work_done(run_dir: Path) -> int:
     """Outcomes that the journal holds, and updates."""
-    return journal_holds(run_dir, "played", "collected") + len(list((run_dir / "checkpoints").glob("[0-9]*")))
+    updates = (int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*"))
+    return journal_holds(run_dir, "played", "collected") + max(updates, default=0)
 
 
 def journal_holds(run_dir: Path, *kinds: str) -> int:

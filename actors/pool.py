@@ -116,7 +116,7 @@ class SamplePool:
         """The frames of the step that was sealed last are being made; each reference may not be there yet.
 
         Args:
-            jobs: as `seal` returned them, or none for a step that nobody will train on.
+            jobs: as `seal` returned them.
             references: of the frames of each job.
         """
         for job, reference in zip(jobs, references, strict=True):
@@ -130,6 +130,10 @@ class SamplePool:
         self._sealed[whole.step] = replace(whole, rendered=tuple(needed))
         async with self._newly_sealed:
             self._newly_sealed.notify_all()
+
+    async def skip(self, step: int) -> None:
+        """Nobody will train on this step, which is sealed: it was learnt in an earlier session."""
+        self._sealed.pop(step, None)
 
     async def finish(self, step: int) -> None:
         """There will be no step from ``step`` on."""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ript_ray.config import known_keys, load_config, save_config
+from ript_ray.config import load_config, save_config
 from ript_ray.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -95,16 +95,3 @@ def test_an_unknown_key_in_a_file_is_an_error(tmp_path: Path) -> None:
 def test_lead_beyond_staleness_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.lead=3"):
         load_config(None, ["train.mode=async", "train.lead=3", "train.max_staleness=2"])
-
-
-def test_required_keys_exist() -> None:
-    required = {
-        "run.dir",
-        "run.seed",
-        "env.id",
-        "policy.checkpoint",
-        "train.mode",
-        "scaling.actors",
-        "scaling.learners",
-    }
-    assert required <= set(known_keys())

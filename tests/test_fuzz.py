@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import make_policy, make_trajectory
 
-from ript_ray.config import known_keys, load_config
+from ript_ray.config import Config, known_keys, load_config
 from ript_ray.data.storage import load_episode, load_trajectories, load_trajectory, save_episode, save_trajectories
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, save_policy, weights_sha256
@@ -70,6 +70,19 @@ def test_a_wrong_value_is_refused_with_its_key(key: str) -> None:
     for value in JUNK:
         error = refusal(lambda value=value: load_config(DEFAULT, [f"{key}={value}"]))
         assert error is None or key in error, (value, error)
+
+
+def test_no_number_is_made_of_what_is_none() -> None:
+    plain = [
+        f"{section}.{name}"
+        for section, model in Config.model_fields.items()
+        for name, field in model.annotation.model_fields.items()  # type: ignore[union-attr]
+        if field.annotation in (int, float, bool)
+    ]
+    assert len(plain) > 60
+    for key in plain:
+        for value in ("abc", "[1, 2, 3]", "{a: 1}", "null"):
+            assert refusal(lambda setting=f"{key}={value}": load_config(DEFAULT, [setting])), (key, value)
 
 
 def test_a_damaged_configuration_file_is_refused(tmp_path: Path) -> None:

@@ -296,10 +296,3 @@ def test_samples_that_break_an_update_are_kept_and_its_weights_are_not(tiny_conf
     assert kept["0.frames"].shape == (8, 2, 32, 32, 3)
     assert torch.isfinite(kept["0.actions"]).all()
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_trajectories_keep_their_values_through_the_object_store() -> None:
-    trajectory = make_trajectory(60)
-    returned: Trajectory = ray.get(ray.put(trajectory))
-    np.testing.assert_array_equal(returned.frames, trajectory.frames)
-    assert not returned.frames.flags.owndata

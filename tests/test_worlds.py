@@ -89,7 +89,7 @@ def test_a_robosuite_task_equals_the_stock_one_bit_for_bit(name: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_gymnasium_environment_from_demonstrations_to_a_better_policy(tmp_path: Path) -> None:
+def test_a_gymnasium_environment_goes_through_the_whole_loop(tmp_path: Path) -> None:
     """A task that is not robosuite's: demonstrations, imitation, reinforcement learning, replay."""
     common = (
         "env.id=gymnasium/ript_ray/PointReach-v0",

@@ -144,6 +144,7 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
     return found
 
 
+@pytest.mark.timeout(1200)
 def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, point_start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *POINT_REACH]

@@ -35,7 +35,7 @@ def examine(config: Config) -> dict[str, Any]:
     checks: dict[str, Callable[[Config], str]] = {
         "python": _python,
         "packages": _packages,
-        "rendering": _rendering,
+        "rendering": examine_rendering,
         "memory": _memory,
         "disk": _disk,
         "shm": _shared_memory,
@@ -70,7 +70,7 @@ def _packages(_: Config) -> str:
     return ", ".join(f"{name} {wanted}" for name, wanted in _PINNED.items())
 
 
-def _rendering(config: Config) -> str:
+def examine_rendering(config: Config) -> str:
     """In a child with a time limit: a broken driver hangs or crashes rather than raise."""
     try:
         chosen = ask_child(_PROBE, _PROBE_TIMEOUT_S, config.env.ids[0], str(config.env.image_size))

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.doctor import examine_rendering
 from launch import main
+from ript_ray.config import load_config
 from ript_ray.policies.checkpoints import load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +209,11 @@ def test_demonstrations_and_imitation(tmp_path: Path) -> None:
     done = launch("sft", "sft.steps=3", "train.batch_size=4", f"sft.output={policy}", *common)
     assert done.returncode == 0, done.stderr
     assert (policy / "model.safetensors").exists()
+
+
+def test_the_doctor_looks_at_any_world() -> None:
+    config = load_config(ROOT / "configs" / "faults.yaml", [])
+    assert examine_rendering(config).startswith("gymnasium/ript_ray/PointReach-v0 renders with")
 
 
 @pytest.mark.libero

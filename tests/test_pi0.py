@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pi0_reference as reference
@@ -12,9 +13,10 @@ from conftest import INSTRUCTION, make_trajectory
 from torch.nn import functional as F
 
 from benchmarks.policy import measure_policy
+from launch import load_starting_policy
 from learner.update import Step, update
 from ript_ray.algos.objectives import Draw
-from ript_ray.config import ObjectiveConfig, TrainConfig
+from ript_ray.config import Config, ObjectiveConfig, TrainConfig
 from ript_ray.data.windows import gather
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import (
@@ -220,6 +222,24 @@ def test_parts_that_do_not_exist_are_named() -> None:
     ):
         with pytest.raises(UserError, match=message):
             trained_with(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"env": {"image_size": 24}}, r"env\.image_size=24: .* looks at 28×28 pixels"),
+        ({"env": {"image_size": 64}, "policy": {"execute": 20}}, r"policy\.execute=20: .* predicts chunks of 10"),
+    ],
+)
+def test_a_policy_sees_no_blur_and_is_asked_for_no_more_than_it_plans(
+    changes: dict[str, dict[str, int]], expected: str, tmp_path: Path
+) -> None:
+    save_policy(tmp_path, make_pi0(replace(make_config(), horizon=10)))
+    asked = {**changes, "policy": {"checkpoint": str(tmp_path), **changes.get("policy", {})}}
+    with pytest.raises(UserError, match=expected):
+        load_starting_policy(Config.model_validate(asked))
+    fitting = {"env": {"image_size": 28}, "policy": {"checkpoint": str(tmp_path), "execute": 10}}
+    assert load_starting_policy(Config.model_validate(fitting)).horizon == 10
 
 
 @pytest.mark.parametrize("pi05", [False, True])

@@ -221,6 +221,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert len(damaged) == 1
     assert "0002" in damaged[0]
     assert "sha256 is not the one that was written" in damaged[0]
+    for update in (9999, 10_000):
+        save_policy(tmp_path / f"{update:04d}", point_policy())
+    assert newest_policy(tmp_path)[0] == 10_000
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

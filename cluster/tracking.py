@@ -5,13 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ript_ray.errors import UserError
+
+log = logging.getLogger("ript_ray")
+
+_CLOSE_S = 60.0
+"""That a server has to take the last metrics when the run ends."""
+
 
 class Tracker:
-    """Logs rows of metrics to an MLflow run, from any thread.
+    """Logs rows of metrics to an MLflow run, in a thread of its own: who trains does not wait for a server.
+
+    Rows that the server does not take are offered again with each later one, and at the end.
 
     Args:
         run_id: of that run.
@@ -19,17 +30,51 @@ class Tracker:
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
+        self._logged: dict[str, set[int]] = {}
+        """Updates at which a metric is known to be there."""
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
+        self._thread.start()
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Log the numbers of a row at its update, unless they are there, from before the run was resumed."""
+        self._rows.put(row)
+
+    def close(self) -> None:
+        """Log what is left, as far as the server takes it within a minute."""
+        self._rows.put(None)
+        self._thread.join(timeout=_CLOSE_S)
+
+    def _loop(self) -> None:
+        waiting: list[dict[str, Any]] = []
+        more = True
+        while more:
+            row = self._rows.get()
+            more = row is not None
+            if row is not None:
+                waiting.append(row)
+            waiting = [row for row in waiting if not self._taken(row)]  # one that is refused for good holds up no other
+
+    def _taken(self, row: dict[str, Any]) -> bool:
+        try:
+            self._log(row)
+        except Exception:  # whatever it is, the run goes on
+            log.exception("MLflow did not take the metrics of update %s; they are in metrics.jsonl", row.get("update"))
+            return False
+        return True
+
+    def _log(self, row: dict[str, Any]) -> None:
         import mlflow
 
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k not in ("time", "update")}
-        step = int(row.get("update", 0))
-        known = mlflow.MlflowClient().get_metric_history(self._run_id, next(iter(numbers)))
-        if not any(metric.step == step for metric in known):
+        step, first = int(row.get("update", 0)), next(iter(numbers))
+        if first not in self._logged:
+            known = mlflow.MlflowClient().get_metric_history(self._run_id, first)
+            self._logged[first] = {metric.step for metric in known}
+        if step not in self._logged[first]:
             # Named: in another thread than the one that began it, no run is active, and MLflow would begin one.
             mlflow.log_metrics(numbers, step=step, run_id=self._run_id)
+            self._logged[first].add(step)
 
     def artifacts(self, run_dir: Path, acting: dict[str, float]) -> None:
         """Log the run's files, and the final policy as a model that can be loaded and asked for actions.
@@ -57,15 +102,49 @@ class Tracker:
 def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[str, Any]]) -> Iterator[Tracker]:
     """An MLflow run around a job; the same one again when the job is resumed.
 
+    A server that fails later costs the job nothing: what it did not take is said in the log.
+
     Args:
         uri: tracking server or store; by default an SQLite file next to the run directory.
         run_dir: names the run, and keeps its identifier in ``mlflow-run``.
         name: the experiment.
         settings: the configuration, logged as parameters.
+
+    Raises:
+        UserError: when the run cannot begin there.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own seven take minutes
+    import mlflow
+
+    try:
+        run_id = _begin(uri, run_dir, name, settings)
+    except Exception as error:  # of MLflow, its store's database, or the network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"run.mlflow_uri={uri!r}: MLflow cannot begin a run there ({reason[:300]}); correct it, start the server, "
+            "or set run.mlflow_uri=null for a file beside the run"
+        ) from error
+    tracker = Tracker(run_id)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close()
+        try:
+            mlflow.end_run(status)
+        except Exception:
+            log.exception("MLflow did not take the end of the run, %s", status)
+
+
+def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[str, Any]]) -> str:
+    """Make the run active, a new one or the one before; its identifier."""
     import mlflow
 
     store = run_dir.resolve().parent
@@ -80,13 +159,11 @@ def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict
     begun = marker.read_text().strip() if marker.exists() else None
     if begun and not _exists(begun):  # the run goes on where this store is not
         begun = None
-    with mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name) as run:
-        if begun is None:
-            marker.write_text(run.info.run_id + "\n")
-            mlflow.log_params(
-                {f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()}
-            )
-        yield Tracker(run.info.run_id)
+    run_id = str(mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name).info.run_id)
+    if begun is None:
+        marker.write_text(run_id + "\n")
+        mlflow.log_params({f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()})
+    return run_id
 
 
 def _exists(run_id: str) -> bool:

@@ -147,13 +147,11 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
 @pytest.mark.timeout(1200)
 def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, point_start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "launch.py", "submit", "--config", "configs/cluster.yaml", *POINT_REACH]
-    command += [f"policy.checkpoint={point_start}", f"run.dir={run}", "train.mode=sync", "train.updates=20"]
-    command += ["scaling.actors=2", "scaling.actor_cpus=0.5", "scaling.learners=1", "scaling.learner_cpus=1"]
-    command += ["scaling.actor_labels={role: rollout}", "scaling.learner_labels={role: learner}"]
-    command += ["--json", str(tmp_path / "sent.json")]
+    settings = ["--config", "configs/three_nodes.yaml", *POINT_REACH, f"policy.checkpoint={point_start}"]
+    settings += [f"run.dir={run}", "train.updates=20", "scaling.actor_cpus=0.5", "scaling.learner_cpus=1"]
+    command = [sys.executable, "launch.py", "submit", *settings, "--json", str(tmp_path / "sent.json")]
 
-    too_much = cluster.run(*command[:-2], "scaling.actors=50")
+    too_much = cluster.run(*command, "scaling.actors=50")
     assert too_much.returncode == 2
     assert "the job needs 26 CPUs, there are 2" in too_much.stderr
     assert "Traceback" not in too_much.stderr
@@ -209,8 +207,10 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     assert client.get_job_status(job) == JobStatus.FAILED
     assert "has another train.updates; give the same settings" in client.get_job_logs(job)
 
-    assert cluster.run(*command).returncode == 0
-    job = json.loads((tmp_path / "sent.json").read_text())["job"]
+    job = "by_ray_itself"
+    send = ["ray", "job", "submit", "--no-wait", "--submission-id", job, "--working-dir", "."]
+    sent = cluster.run(*send, "--", "python", "launch.py", "train", *settings, "run.resume=true")
+    assert sent.returncode == 0, sent.stderr
     wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 400.0)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
     summary = json.loads((run / "summary.json").read_text())

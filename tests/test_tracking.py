@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from conftest import make_policy
 
 from cluster.tracking import tracking
 from ript_ray.config import Config
+from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import save_policy
 
 
@@ -58,17 +59,56 @@ def wait_until_it_answers(address: str, process: subprocess.Popen[bytes], log: P
             time.sleep(0.5)
 
 
-def test_another_thread_logs_to_the_same_run(tmp_path: Path) -> None:
+def test_rows_of_a_resumed_run_are_logged_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    for _ in range(2):  # the second time it is resumed: each row once
+    for _ in range(2):
         with tracking(None, run, "here", {}) as tracker:
-            thread = threading.Thread(target=tracker, args=({"update": 1, "rollout/success_rate": 0.25},))
-            thread.start()
-            thread.join()
+            tracker({"update": 1, "rollout/success_rate": 0.25})
+            tracker({"update": 1, "learner/loss": 0.5})
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    assert len(client.get_metric_history(found.info.run_id, "rollout/success_rate")) == 1
+    assert found.info.status == "FINISHED"
+    for name in ("rollout/success_rate", "learner/loss"):
+        assert len(client.get_metric_history(found.info.run_id, name)) == 1
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:  # listens to nobody
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            pytest.raises(UserError, match=f"run.mlflow_uri='{uri}': MLflow cannot begin"),
+            tracking(uri, tmp_path, "nowhere", {}),
+        ):
+            pass
+    with (
+        pytest.raises(UserError, match="'nonsense://x': MLflow cannot begin"),
+        tracking("nonsense://x", tmp_path, "x", {}),
+    ):
+        pass
+
+
+def test_a_store_that_fails_during_a_run_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    store = tmp_path / "mlflow.db"
+    with tracking(None, run, "here", {}) as tracker:
+        away = sqlite3.connect(store, isolation_level=None)
+        away.execute("ALTER TABLE metrics RENAME TO gone")
+        tracker({"update": 1, "learner/loss": 0.5})
+        deadline = time.monotonic() + 60
+        while "MLflow did not take the metrics of update 1" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        away.execute("ALTER TABLE gone RENAME TO metrics")
+        away.close()
+        tracker({"update": 2, "learner/loss": 0.25})
+    client = mlflow.MlflowClient(f"sqlite:///{store}")
+    (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    history = client.get_metric_history(found.info.run_id, "learner/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 0.25)]
 
 
 @pytest.mark.slow

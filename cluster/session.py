@@ -136,9 +136,13 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
             configure_logging=True,
             runtime_env={"env_vars": env_vars | {"PYTHONPATH": _python_path()}},
         )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
+        if address is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"scaling.address={address!r}: no Ray cluster answers there; start one: ray start --head"
+            f"scaling.address={address!r}: no Ray cluster answers there ({reason}); start one: ray start --head; "
+            "expected auto, or the HOST:6379 that it prints, also where it comes from RAY_ADDRESS"
         ) from error
     try:
         if not local:

@@ -127,6 +127,8 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
         ends = [run.summary["evaluation"] for run in (first, second) if run.summary]
         for name in ends[0].keys() & ends[1].keys():
             a, b = (end[name]["final"] for end in ends)
+            if not a["episodes"] or not b["episodes"]:  # none of them could be played to its end
+                continue
             table = [[x["successes"], x["episodes"] - x["successes"]] for x in (a, b)]
             evaluation[name] = {
                 "first": a,

@@ -164,6 +164,7 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     wait_for("two updates", lambda: (run / "checkpoints/0002/policy.json").exists())
     assert sum(file.stat().st_size for file in packages.rglob("*") if file.is_file()) < 20e6
     assert not list(packages.glob("*/tests"))
+    assert not list(packages.glob("*/checkpoints/*"))  # this one's lies elsewhere
 
     nodes = {node.node_id: node.labels or {} for node in list_nodes(address=cluster.address, detail=True)}
     actors = list_actors(address=cluster.address, filters=[("state", "=", "ALIVE")], detail=True)
@@ -277,5 +278,9 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         return done.stderr
 
-    assert "run.dir=None: a job's own folder is deleted when it ends" in said()
+    assert "run.dir='runs/first': a job's own folder is deleted when it ends" in said("run.dir=runs/first")
+    assert "run.storage='copy': a job's own folder is deleted" in said("run.storage=copy")
+    assert "scaling.actors=0 measures one machine alone" in said("scaling.actors=0")
+    assert "policy.checkpoint='configs': only folders inside" in said("policy.checkpoint=configs")
+    assert "policy.checkpoint='checkpoints/none': only folders inside" in said("policy.checkpoint=checkpoints/none")
     assert f"no Ray cluster answers at http://127.0.0.1:{port}" in said(f"run.dir={tmp_path}")

@@ -38,6 +38,11 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
         (["train", "scaling.learner_gpus=64"], "GPUs"),
         (["eval", "--config", "nowhere.yaml"], "no such file"),
         (["bench", "lerner"], "did you mean 'learner'"),
+        (["train", "--json", "configs"], "--json configs: is a folder"),
+        (
+            ["eval", "scaling.address=http://127.0.0.1:9"],
+            "scaling.address='http://127.0.0.1:9': no Ray cluster answers",
+        ),
         (["train", "quick"], "expected section.key=value"),
         (["eval", "env.id=libero_goal/0,libero_gaol/1"], "did you mean 'libero_goal'"),
         (["bench", "env", "--suite", "libero_spatal", "--task", "3"], "did you mean 'libero_spatial'"),
@@ -63,6 +68,21 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2(
     said = capsys.readouterr().err
     assert part in said
     assert "Traceback" not in said
+
+
+def test_a_submitted_job_must_not_write_into_its_own_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray does for the job's driver
+    assert main(["train", "run.dir=runs/first"]) == 2
+    assert "run.dir='runs/first': a job's own folder is deleted when it ends" in capsys.readouterr().err
+
+
+def test_a_python_without_the_packages_is_told_what_to_run() -> None:
+    command = [sys.executable, "-S", str(ROOT / "launch.py"), "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: the package '\w+' is not there for .*; run: make setup .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(("left", "part"), [("journal.jsonl", "--resume"), ("checkpoints", "holds another run")])

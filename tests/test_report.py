@@ -145,6 +145,12 @@ def test_a_run_serves_its_page_and_nothing_else(tmp_path: Path) -> None:
         assert get("/").decode() == report_html(Run.load(run))
         assert json.loads(get("/report.json"))["updates"] == {"done": 3, "planned": 3}
         assert get("/videos/00003-failure.mp4") == b"film"
+        part = urllib.request.Request(f"{address}/videos/00003-failure.mp4", headers={"Range": "bytes=1-2"})
+        with urllib.request.urlopen(part, timeout=10) as answer:
+            assert (answer.status, answer.headers["Content-Range"], answer.read()) == (206, "bytes 1-2/4", b"il")
+        part.add_header("Range", "bytes=4-")
+        with pytest.raises(urllib.error.HTTPError, match="416"):
+            urllib.request.urlopen(part, timeout=10)
         for path in ("/config.yaml", "/videos/../config.yaml", "/videos/..%2Fconfig.yaml", "/videos/no.mp4"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 get(path)

@@ -202,6 +202,8 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> tuple[
         )
     try:
         ray.get(ready, timeout=scaling.wait_timeout_s)
+    except UserError as error:  # Ray adds the traceback of the actor
+        raise getattr(error, "cause", error) from None
     except ray.exceptions.RayActorError as error:
         raise UserError(f"a rollout actor could not start:\n{error}") from error
     return [awake[reference] for reference in ready], [awake[reference] for reference in waiting]

@@ -39,6 +39,15 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if not windows:
         raise UserError(f"data.demos={config.data.demos!r}: no windows of 50 actions; set data.tail=pad")
     torch.manual_seed(config.run.seed)
+    if start is not None:
+        demo = demos[0]
+        start.transform.check_sizes(f"data.demos={config.data.demos!r}", demo.states.shape[1], demo.actions.shape[1])
+        if demo.frames.shape[-2] < start.transform.smallest_frame_size:
+            raise UserError(
+                f"data.demos={config.data.demos!r}: sft.init={config.sft.init!r} looks at frames of "
+                f"{start.transform.smallest_frame_size} pixels and would see these of {demo.frames.shape[-2]} blurred; "
+                "make larger ones (env.image_size of 'demos')"
+            )
     policy = start or new_policy(config.sft.policy, demos, windows, config.sft.relative)
     if config.scaling.learner_gpus > 0:
         if not torch.cuda.is_available():

@@ -215,6 +215,9 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path, capsys: pytest
     assert "has libero" in refused({}, "convert.asset=droid")
     assert "expected tokenizer.model or tokenizer.json" in refused({}, f"convert.tokenizer={tmp_path}")
     assert "convert.relative=9: there are 7" in refused({}, "convert.relative=9")
+    words = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    assert "the tokeniser knows" in refused({words: weights[words][:100]})
+    assert "action_in_proj.weight': (" in refused({"action_in_proj.weight": weights["action_in_proj.weight"][0]})
     (tmp_path / "whole/assets/libero/norm_stats.json").unlink()
     assert "launch.py stats" in refused({})
     assert launch.main(["convert", "random:pi1", str(tmp_path / "target")]) == 2
@@ -222,6 +225,12 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path, capsys: pytest
     save_policy(tmp_path / "flow", make_policy())
     assert launch.main(["convert", str(tmp_path / "flow"), str(tmp_path / "target")]) == 2
     assert "only 'pi0' converts" in capsys.readouterr().err
+    assert launch.main(["convert", "random:pi0_tiny", str(tmp_path / "none"), "convert.stats=mine.json"]) == 2
+    assert "convert.stats='mine.json': the source makes its statistics up" in capsys.readouterr().err
+    assert launch.main(["convert", "random:pi0_tiny", str(tmp_path / "text"), "convert.condition=text"]) == 0
+    assert load_policy(tmp_path / "text").describe()["config"]["condition"] == "text"
+    assert launch.main(["convert", str(tmp_path / "text"), str(tmp_path / "none"), "convert.condition=none"]) == 2
+    assert "convert.condition='none': the source is a policy of this project already" in capsys.readouterr().err
     assert launch.main(["convert", "random:pi0_tiny", str(tmp_path / "flow")]) == 2
     assert "exists already" in capsys.readouterr().err
 

@@ -85,6 +85,23 @@ def test_a_python_without_the_packages_is_told_what_to_run() -> None:
     assert re.fullmatch(r"error: the package '\w+' is not there for .*; run: make setup .*\n", done.stderr)
 
 
+def test_the_policy_benchmark_needs_neither_ray_nor_a_simulator(tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    program = f"""
+import sys
+for absent in ("ray", "mujoco", "robosuite", "libero"):
+    sys.modules[absent] = None
+import launch
+sys.exit(launch.main(["bench", "policy", "--json", {str(file)!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=500, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["training"]["samples_per_second"] > 0
+
+
 @pytest.mark.parametrize(("left", "part"), [("journal.jsonl", "--resume"), ("checkpoints", "holds another run")])
 def test_a_new_run_does_not_go_on_in_the_folder_of_another(
     left: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -80,6 +80,20 @@ class Normalisation:
         """Frames of fewer pixels would be enlarged, and blurred."""
         return self.frame_size or 1
 
+    def check_sizes(self, what: str, states: int, actions: int) -> None:
+        """Are the states and actions of ``what`` as many numbers as those of the statistics?
+
+        Raises:
+            UserError: when they are not.
+        """
+        for kind, found, expected in (("state", states, self.state_mean), ("action", actions, self.action_mean)):
+            if found != len(expected):
+                raise UserError(
+                    f"{what} has {found} {kind} dimensions, the policy was made for {len(expected)}; expected as "
+                    "many: choose another policy, make one from demonstrations of these ('python launch.py sft'), or "
+                    "convert its checkpoint with statistics of these ('python launch.py stats', convert.stats)"
+                )
+
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:
         """float32[B, S] in SI units → normalised, float32[B, max(S, state_width)]."""
         encoded = (state - state.new_tensor(self.state_mean)) / (state.new_tensor(self.state_std) + EPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -25,6 +26,8 @@ from ript_ray.policies.transform import check_relative
 _HEAD_DIM = 72
 """Of So400m/14, the vision tower of every published π0."""
 RANDOM = "random:"
+_TELLING = ("vision.embeddings.patch_embedding.weight", "words.weight", "action_in_proj.weight")
+"""Tensors whose shape is taken apart."""
 _RULES = {"z_score": z_score, "quantile": quantile}
 _LEROBOT_RULES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
 
@@ -48,6 +51,9 @@ def convert(source: str, target: Path, settings: ConvertConfig) -> dict[str, Any
         loaded = load_policy(Path(source))
         if not isinstance(loaded, Pi0Policy):
             raise UserError(f"{source} is a policy of type {loaded.kind!r}; only 'pi0' converts")
+        _refuse(
+            settings, {"to", "asset"}, "is a policy of this project already; only convert.to and convert.asset say how"
+        )
         policy = loaded
     else:
         policy = adopt(open_checkpoint(Path(source)), settings)
@@ -77,6 +83,7 @@ def adopt(checkpoint: Checkpoint, settings: ConvertConfig) -> Pi0Policy:
             "5 for an SO100 arm whose gripper is not (relative_exclude_joints)"
         )
     tokenizer = PromptTokenizer.load(Path(settings.tokenizer) if settings.tokenizer else checkpoint.path)
+    _check_words(tokenizer, config)
     weights = {from_openpi(name): _in_float32(checkpoint.tensors.load(name)) for name in checkpoint.tensors.shapes}
     if config.condition == "embedding":
         weights["condition.weight"] = torch.zeros(2, config.expert.width)
@@ -120,6 +127,9 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
         )
     except KeyError as error:
         raise UserError(f"the checkpoint has no tensor {to_openpi(str(error.args[0]))!r}; it is incomplete") from error
+    except ValueError as error:  # a tensor that tells a size has another number of dimensions
+        told = {to_openpi(name): shapes[name] for name in _TELLING if name in shapes}
+        raise UserError(f"a tensor of the checkpoint has the wrong number of dimensions: {told}") from error
 
 
 def make_transform(
@@ -189,18 +199,43 @@ def random_policy(preset: str, settings: ConvertConfig) -> Pi0Policy:
 
     if preset not in PRESETS:
         raise UserError(f"{RANDOM}{preset}: expected one of {', '.join(RANDOM + name for name in PRESETS)}")
+    _refuse(settings, set(ConvertConfig.model_fields) - {"stats"}, "makes its statistics up")
     config = PRESETS[preset]
+    config = replace(
+        config,
+        condition=settings.condition,
+        horizon=settings.horizon or config.horizon,
+        state_in_prompt=config.state_in_prompt if settings.state_in_prompt is None else settings.state_in_prompt,
+    )
     if settings.tokenizer:
         tokenizer = PromptTokenizer.load(Path(settings.tokenizer))
     else:
         sentences = sorted({find_task(task).instruction for task in all_task_ids()})
         tokenizer = PromptTokenizer.train(sentences, 512)
+    _check_words(tokenizer, config)
     unit: NormStats = {
         group: {"mean": [0.0] * size, "std": [1.0] * size, "q01": [-1.0] * size, "q99": [1.0] * size}
         for group, size in (("state", 8), ("actions", 7))
     }
     torch.manual_seed(0)
     return Pi0Policy(config, make_transform(config, unit, settings), tokenizer).eval()
+
+
+def _refuse(settings: ConvertConfig, used: set[str], why: str) -> None:
+    """Settings that would change nothing are mistakes."""
+    usual = ConvertConfig()
+    for key in ConvertConfig.model_fields:
+        if key not in used and getattr(settings, key) != getattr(usual, key):
+            raise UserError(f"convert.{key}={getattr(settings, key)!r}: the source {why}; leave it out")
+
+
+def _check_words(tokenizer: PromptTokenizer, config: Pi0Config) -> None:
+    """Every token must have its embedding."""
+    if tokenizer.size > config.vocabulary:
+        raise UserError(
+            f"the tokeniser knows {tokenizer.size} tokens, the model {config.vocabulary}; expected the tokeniser that "
+            "it was trained with: set convert.tokenizer"
+        )
 
 
 def _stats(checkpoint: Checkpoint, settings: ConvertConfig) -> NormStats:

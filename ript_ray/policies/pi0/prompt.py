@@ -27,17 +27,20 @@ class PromptTokenizer:
 
     def __init__(self, file: str, content: bytes) -> None:
         self.file, self.content = file, content
+        self.size: int
+        """Tokens that it knows."""
         self._begin: int
         self._tokens: Callable[[str], list[int]]
         if file == FILES[0]:
             from sentencepiece import SentencePieceProcessor
 
             pieces = SentencePieceProcessor(model_proto=content)
-            self._tokens, self._begin = pieces.encode, pieces.bos_id()
+            self._tokens, self._begin, self.size = pieces.encode, pieces.bos_id(), len(pieces)
         else:
             from tokenizers import Tokenizer
 
             words = Tokenizer.from_buffer(content)
+            self.size = words.get_vocab_size()
             # Without its own rule for the beginning, which would come to what `encode` adds.
             self._tokens = lambda text: list(words.encode(text, add_special_tokens=False).ids)
             begin = words.token_to_id("<bos>")

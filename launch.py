@@ -132,18 +132,22 @@ def train_until_it_fails(
     from cluster.session import ResourcePlan, ray_session, spawn
     from cluster.summary import leave_behind, summarise
     from learner.loop import learner_group
+    from ript_ray.data.demonstrations import demonstrations_to_show
     from ript_ray.policies.checkpoints import newest_policy
     from ript_ray.report import LiveReport
+    from ript_ray.types import EpisodeReport
 
     started = time.perf_counter()
     policy = load_starting_policy(config)
+    shown = demonstrations_to_show(config, policy)
     update, newest, damaged = newest_policy(run_dir / "checkpoints")
     for reason in damaged:
         log.warning("%s; going on from update %d", reason, update)
     patience_s = config.scaling.wait_timeout_s if survived else 0.0  # a node that was lost may come back
     with ray_session(config.scaling, ResourcePlan.of(config.scaling), patience_s):
         store, actors, absent = start_rollouts(config, newest or policy, update)
-        pool = spawn(SamplePool, config, name="SamplePool")
+        demos = [(EpisodeReport.of(demo), ray.put(demo)) for demo in shown]
+        pool = spawn(SamplePool, config, demos, name="SamplePool")
         folder, faults = run_dir.resolve(), survived + damaged
         coordinator = spawn(Coordinator, config, actors, pool, store, folder, faults, absent, name="Coordinator")
         survived.clear()
@@ -330,6 +334,12 @@ def load_starting_policy(config: Config) -> Policy:
             f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} looks at {least}×"
             f"{least} pixels and would see blurred frames; set env.image_size={least} or more (LIBERO's is 256)"
         )
+    for key, scale in (("policy.guidance", config.policy.guidance), ("eval.guidance", config.eval.guidance)):
+        if scale != 1 and not policy.conditional:
+            raise UserError(
+                f"{key}={scale:g}: policy.checkpoint={config.policy.checkpoint!r} was converted with "
+                "convert.condition=none, so there is nothing to guide by; set it to 1, or convert again"
+            )
     if config.policy.execute > policy.horizon:
         raise UserError(
             f"policy.execute={config.policy.execute}: policy.checkpoint={config.policy.checkpoint!r} predicts chunks "

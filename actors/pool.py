@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import ray
 
 from ript_ray.algos.advantages import AdvantageCounts, is_kept, leave_one_out
 from ript_ray.config import Config
-from ript_ray.data.shards import make_shard
+from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.types import EpisodeReport, Finished, FrameBatch, FrameJob, Shard
 
 _FRAMES_PER_JOB = 16
@@ -50,10 +51,16 @@ class _Counters:
 
 @ray.remote(num_cpus=0)
 class SamplePool:
-    """Groups of K → leave-one-out advantages → kept or rejected → an index of windows of 50 actions → shards."""
+    """Groups of K → leave-one-out advantages → kept or rejected → an index of windows of 50 actions → shards.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: the whole configuration.
+        demos: reports and references of demonstrations, which are in every step (``data.demo_share``).
+    """
+
+    def __init__(self, config: Config, demos: Sequence[tuple[EpisodeReport, Any]] = ()) -> None:
         self._config = config
+        self._demos = number_demos(demos)
         self._samples: dict[int, _Sample] = {}
         self._sealed: dict[int, Shard] = {}
         self._sealing: tuple[Shard, list[tuple[int, int]]]
@@ -102,6 +109,7 @@ class SamplePool:
             {i: sample.advantage for i, sample in samples},
             {i: sample.reference for i, sample in samples},
             self._config,
+            self._demos,
         )
         self._count.windows += len(shard.windows)
         self._count.trained += shard.order.size
@@ -193,7 +201,7 @@ class SamplePool:
         rows, first = np.unique(order, return_index=True)
         seen = {i: set(sample.report.frame_steps.tolist()) for i, sample in self._samples.items()}
         keys = [(int(windows[row, 0]), int(windows[row, 1])) for row in rows[np.argsort(first)]]
-        return [(i, start) for i, start in keys if start not in seen[i]]
+        return [(i, start) for i, start in keys if i not in self._demos and start not in seen[i]]
 
     def _missing_frames(self, keys: list[tuple[int, int]]) -> list[FrameJob]:
         missing = [key for key in keys if key not in self._rendered]

@@ -22,7 +22,8 @@ from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
-from ript_ray.data.shards import make_shard
+from ript_ray.data.demonstrations import demonstrations_to_show
+from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.evaluation import before_and_after, evaluation_contexts, wilson_interval
@@ -60,6 +61,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     player = Player(config, learning)
     base = player.evaluate()
     say(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
+    demos = number_demos([(EpisodeReport.of(demo), demo) for demo in demonstrations_to_show(config, policy)])
     sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
     reports: dict[int, EpisodeReport] = {}
     advantages: dict[int, float] = {}
@@ -93,10 +95,10 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         stale = [i for i, r in reports.items() if r.policy_version < step - config.train.max_staleness]
         for i in stale:
             del reports[i], trajectories[i], advantages[i]
-        shard, _ = make_shard(step, reports, advantages, trajectories, config)
+        shard, _ = make_shard(step, reports, advantages, trajectories, config, demos)
         torch.set_num_threads(config.scaling.learner_threads)
         frames = player.missing_frames(shard.windows, trajectories)
-        steps = plan_steps(shard, trajectories, config.train.micro_batch, frames)
+        steps = plan_steps(shard, shard.trajectories, config.train.micro_batch, frames)
         generator = update_generator(config.run.seed, step, rank=0)
         diagnostics: dict[str, float] = {}
         if steps:  # else what acts goes on acting
@@ -181,10 +183,12 @@ class Player:
         self, windows: np.ndarray, trajectories: dict[int, Trajectory]
     ) -> dict[tuple[int, int], np.ndarray]:
         """The frames that the policy did not see where these windows start."""
-        seen = {i: set(trajectories[i].frame_steps.tolist()) for i in {int(i) for i in windows[:, 0]}}
+        seen = {
+            i: set(trajectories[i].frame_steps.tolist()) for i in {int(i) for i in windows[:, 0]} & trajectories.keys()
+        }
         missing: dict[int, list[int]] = {}
         for i, start in windows.tolist():
-            if start not in seen[i]:
+            if i >= 0 and start not in seen[i]:
                 missing.setdefault(i, []).append(start)
         frames: dict[tuple[int, int], np.ndarray] = {}
         for i, starts in missing.items():

@@ -130,6 +130,9 @@ class DataConfig(_Section):
 
     demos: str = "data/demos/libero_object_0.safetensors"
     """Demonstrations, written by ``demos`` and read by ``sft``; a LeRobot dataset or LIBERO's HDF5 is read, too."""
+    demo_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each batch of ``train`` that are windows of successful demonstrations in ``demos``, always good (A = 1);
+    0 trains on rollouts alone."""
     frame_every: int = Field(default=1, ge=1)
     """Of LeRobot datasets and HDF5 read every so many frames; windows start there. Actions are read all."""
     dataset_version: Literal["v3.0", "v2.1"] = "v3.0"
@@ -517,6 +520,11 @@ class Config(_Section):
             raise ValueError(
                 f"objective.name={objective.name} with data.windows={self.data.windows}: it compares with what the "
                 "policy answered to what it saw; set data.windows=seen"
+            )
+        if compares and self.data.demo_share > 0:
+            raise ValueError(
+                f"data.demo_share={self.data.demo_share:g} with objective.name={objective.name}: it compares with what "
+                "the policy answered, and demonstrations have no such answer; set data.demo_share=0"
             )
         if objective.name == "advantage_weighted" and objective.negatives == "keep":
             raise ValueError(

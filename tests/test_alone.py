@@ -16,7 +16,7 @@ from ript_ray.policies.checkpoints import cpu_weights, load_policy, weights_sha2
 @pytest.mark.parametrize(
     "more",
     [
-        ["data.windows=seen", "objective.fastest=0.5"],
+        ["data.windows=seen", "objective.fastest=0.5", "data.demo_share=0.25", "data.tail=pad"],
         pytest.param(
             ["data.windows=all", "objective.baseline=task", "train.restart=false", "train.anchor=0.1", "train.ema=0.9"],
             marks=pytest.mark.slow,
@@ -24,7 +24,8 @@ from ript_ray.policies.checkpoints import cpu_weights, load_policy, weights_sha2
     ],
 )
 def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, more: list[str]) -> None:
-    settings = [*SETTINGS, f"policy.checkpoint={point_start}", *more]
+    demos = point_start.with_name("demos.safetensors")
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", f"data.demos={demos}", *more]
     finish(start(*settings, "scaling.actors=1", f"run.dir={tmp_path / 'ray'}"))
     assert main(["train", *settings, "scaling.ray=false", f"run.dir={tmp_path / 'alone'}"]) == 0
     expected, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "alone"))

@@ -14,7 +14,7 @@ from conftest import make_trajectory
 
 import launch
 from ript_ray.config import Config, save_config
-from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
+from ript_ray.data.demonstrations import demonstrations_to_show, frames_on_disk, read_demonstrations
 from ript_ray.data.lerobot.layout import Keys
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import save_episode, save_trajectories
@@ -53,6 +53,29 @@ def record(run: Path, played: list[Trajectory], max_steps: int) -> None:
     for i, trajectory in enumerate(played):
         save_episode(run / "episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, max_steps))
     save_config(Config.model_validate(settings), run / "config.yaml")
+
+
+def test_demonstrations_to_be_mixed_with_rollouts_are_successful_and_alike(point_start: Path, tmp_path: Path) -> None:
+    file, policy = tmp_path / "demos.safetensors", load_policy(point_start)
+    env = make(POINT_REACH, image_size=32, max_steps=12)
+    played = [play(env, seed) for seed in range(4)]
+    save_trajectories(file, played, {})
+
+    def show(size: int, share: float = 0.5, tail: str = "pad") -> list[Trajectory]:
+        data = {"demos": str(file), "demo_share": share, "tail": tail, "short": "drop" if tail == "drop" else "pad"}
+        settings = {"env": {"id": POINT_REACH, "image_size": size}, "data": data}
+        return demonstrations_to_show(Config.model_validate(settings), policy)
+
+    assert len(show(32)) == sum(demo.success for demo in played) < 4
+    assert show(32, share=0.0) == []
+    with pytest.raises(UserError, match="its frames have 32×32 pixels, those of rollouts 64×64"):
+        show(64)
+    with pytest.raises(UserError, match="no windows of successful demonstrations"):
+        show(32, tail="drop")
+    wide = [dataclasses.replace(demo, states=np.tile(demo.states, 2)) for demo in played]
+    save_trajectories(file, wide, {})
+    with pytest.raises(UserError, match="state dimensions, the policy was made for"):
+        show(32)
 
 
 def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from conftest import make_trajectory
 
 from ript_ray.config import Config
-from ript_ray.data.shards import make_shard
+from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.data.storage import load_trajectories, save_trajectories
 from ript_ray.data.windows import batches_with_good, gather, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
@@ -60,6 +60,32 @@ def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict
     shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
     assert shard.weights[1] == shard.advantages[1] == 0.0
     assert shard.weights[0] > shard.weights[2]
+
+
+def test_demonstrations_make_up_their_share_of_every_batch() -> None:
+    config = Config.model_validate(
+        {"data": {"demo_share": 0.25, "tail": "pad"}, "train": {"batch_size": 16, "micro_batch": 16, "epochs": 3}}
+    )
+    members = [make_trajectory(length, success) for length, success in ((60, True), (99, False), (70, False))]
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
+    shown = [make_trajectory(80, True, seed=7), make_trajectory(55, True, seed=8)]
+    demos = number_demos([(EpisodeReport.of(demo), demo) for demo in shown])
+    advantages = {0: 1.0, 1: -0.5, 2: -0.5}
+    shard, _ = make_shard(3, reports, advantages, dict(enumerate(members)), config, demos)
+    from_demos = shard.windows[shard.order][..., 0] < 0
+    assert (from_demos.sum(1) == 4).all()
+    assert from_demos[:, :8].any()
+    assert from_demos[:, 8:].any()
+    assert {int(i) for i in shard.windows[:, 0]} == {-2, -1, 0, 1, 2}
+    assert (shard.advantages[-1], shard.weights[-2]) == (1.0, 1.0)
+    plain, _ = make_shard(3, reports, advantages, dict(enumerate(members)), config)
+    own = [tuple(row) for row in shard.windows[shard.order[~from_demos]]]
+    # Rollouts are gone through as often as without, in batches that are so much larger in number.
+    assert len(own) == 3 * len(plain.windows) // 12 * 12
+    batch = gather(
+        [Window(int(i), int(s)) for i, s in shard.windows[shard.order[0]]], shard.trajectories, shard.weights
+    )
+    assert len(batch) == 16
 
 
 def test_shuffled_batches_are_whole_passes() -> None:

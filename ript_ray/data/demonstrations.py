@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from ript_ray.algos.advantages import leave_one_out
-from ript_ray.config import load_config
+from ript_ray.config import Config, load_config, resolve
 from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import load_episode, load_trajectories
+from ript_ray.data.windows import seen_starts
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts
+from ript_ray.policies.policy import Policy
 from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, Start, Trajectory
 
@@ -47,6 +49,30 @@ def read_demonstrations(
 
         return read_hdf5(path, env_id=env_id, every=every)
     return iter(load_trajectories(path))
+
+
+def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
+    """The successful ones of ``data.demos`` that `train` mixes with rollouts; none if ``data.demo_share`` is 0.
+
+    Raises:
+        UserError: when there are none, or their states, actions, frames or cameras are not as those of rollouts.
+    """
+    if config.data.demo_share == 0:
+        return []
+    key, size = f"data.demos={config.data.demos!r}", config.env.image_size
+    found = read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.data.frame_every, size)
+    demos = [demo for demo in found if demo.success]
+    data = config.data
+    if not any(seen_starts(len(demo), demo.frame_steps, data.short, data.tail) for demo in demos):
+        raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
+    for demo in demos:
+        policy.transform.check_sizes(key, demo.states.shape[1], demo.actions.shape[1])
+        if demo.frames.shape[2:4] != (size, size):
+            raise UserError(
+                f"{key} with data.demo_share={config.data.demo_share:g}: its frames have {demo.frames.shape[2]}×"
+                f"{demo.frames.shape[3]} pixels, those of rollouts {size}×{size}; expected the same: set env.image_size"
+            )
+    return demos
 
 
 def frames_on_disk(demos: Iterable[Trajectory]) -> list[Trajectory]:

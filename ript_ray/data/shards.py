@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
-from ript_ray.data.windows import batches_with_good, seen_starts, window_starts
+from ript_ray.data.windows import batches_with_good, seen_starts, shuffled_batches, window_starts
 from ript_ray.types import EpisodeReport, Shard
+
+Demos = Mapping[int, tuple[EpisodeReport, Any]]
+"""Demonstrations by identifiers below 0: report, and trajectory or reference."""
 
 
 def make_shard(
@@ -19,6 +23,7 @@ def make_shard(
     advantages: Mapping[int, float],
     trajectories: Mapping[int, Any],
     config: Config,
+    demos: Demos = MappingProxyType({}),
 ) -> tuple[Shard, AdvantageCounts]:
     """The shard of an update, whole, for all learners together.
 
@@ -28,6 +33,7 @@ def make_shard(
         advantages: leave-one-out, by identifier.
         trajectories: or references of them, by identifier.
         config: the whole configuration.
+        demos: to make up ``data.demo_share`` of each batch, by identifiers below 0.
 
     Returns:
         The shard, and what was met in processing the advantages.
@@ -48,16 +54,32 @@ def make_shard(
     weights[~neither], counts = process(raw[~neither], config.objective)
     good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
     seed = [config.run.seed, step]
+    shown = round(config.data.demo_share * train.batch_size) if demos else 0
+    order = batches_with_good(
+        good, config.data.good_share, train.epochs, train.batch_size - shown, seed, train.min_steps
+    )
+    if shown:
+        starts = [(i, s) for i, (demo, _) in demos.items() for s in _seen_starts(demo, config.data)]
+        rows = len(windows) + shuffled_batches(len(starts), 0, shown, [*seed, 2], len(order))
+        # Learners take columns, so demonstrations must not stand in the last.
+        order = np.random.default_rng([*seed, 3]).permuted(np.concatenate([order, rows], 1), axis=1).astype(np.int32)
+        windows = np.concatenate([windows, np.array(starts, dtype=np.int32)])
+    sure = dict.fromkeys(demos, 1.0)
     shard = Shard(
         step=step,
-        trajectories={i: trajectories[i] for i in identifiers},
-        advantages=dict(zip(identifiers, raw.tolist(), strict=True)),
-        weights=dict(zip(identifiers, weights.tolist(), strict=True)),
+        trajectories={i: trajectories[i] for i in identifiers} | {i: demo for i, (_, demo) in demos.items()},
+        advantages=dict(zip(identifiers, raw.tolist(), strict=True)) | sure,
+        weights=dict(zip(identifiers, weights.tolist(), strict=True)) | sure,
         windows=windows,
-        order=batches_with_good(good, config.data.good_share, train.epochs, train.batch_size, seed, train.min_steps),
+        order=order,
         batch_size=train.batch_size,
     )
     return shard, counts
+
+
+def number_demos(demos: Sequence[tuple[EpisodeReport, Any]]) -> Demos:
+    """Demonstrations for `make_shard`, with identifiers that no rollout has."""
+    return {-1 - i: demo for i, demo in enumerate(demos)}
 
 
 def credited(
@@ -88,4 +110,8 @@ def trained_starts(report: EpisodeReport, data: DataConfig) -> list[int]:
     """Starts of the windows of a trajectory that are trained on, as ``data.windows`` says."""
     if data.windows == "all":
         return list(window_starts(report.length, short=data.short, tail=data.tail))
+    return _seen_starts(report, data)
+
+
+def _seen_starts(report: EpisodeReport, data: DataConfig) -> list[int]:
     return seen_starts(report.length, report.frame_steps, data.short, data.tail)

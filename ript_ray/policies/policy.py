@@ -35,6 +35,11 @@ class Policy(nn.Module, abc.ABC):
     action_dim: int
     """D: numbers in each action of the noise; at least as many as the environment's."""
 
+    @property
+    def conditional(self) -> bool:
+        """Can it be told c? Without, guidance compares equals."""
+        return True
+
     @abc.abstractmethod
     def encode(self, frames: torch.Tensor, states: torch.Tensor, instructions: list[str]) -> Any:
         """Features of B observations that depend neither on the condition nor on noise or time.

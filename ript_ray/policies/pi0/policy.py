@@ -148,6 +148,10 @@ class Pi0Policy(Policy):
             if self.is_unused(name):
                 parameter.requires_grad_(False)
 
+    @property
+    def conditional(self) -> bool:
+        return self.config.condition != "none"
+
     def is_unused(self, name: str) -> bool:
         """Checkpoints hold this tensor, but nothing depends on it: what follows the last keys of images and words."""
         last = f"language.layers.{self.config.language.layers - 1}."

@@ -317,6 +317,7 @@ class Coordinator:
         row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
         row |= {f"rollout/{part}_s": s - worked_before[part] for part, s in self._totals.seconds.items()}
         episodes = self._totals.episodes - episodes_before
+        row["rollout/restarts"] = self._journal.sessions - 1 + max(0, self._learner_starts - 1)
         row["rollout/weights_wait_s"] = (self._totals.weights_wait_s - waited_before) / max(1, episodes)
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at

@@ -49,6 +49,7 @@ def search(
         ``best`` (its settings, folder and success) and ``trials``, the best first.
     """
     own = _of_jobs(settings)
+    _same_search(run_dir / "search.json", config.tune.search, load_config(config_file, own))
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, jobs=config.tune.parallel)):
         job = {
             "command": [
@@ -90,6 +91,25 @@ def search(
     if not trials[0]["episodes"]:
         raise UserError(f"no trial finished an update; what they said is in {run_dir / 'jobs'}/*.log")
     return {"best": trials[0], "trials": trials}
+
+
+def _same_search(file: Path, search: dict[str, Any], jobs: Config) -> None:
+    """Note what is searched, or compare it with what the search began with: Tune would go on with that unasked.
+
+    Raises:
+        UserError: when it is another search.
+    """
+    parts = jobs.model_dump(mode="json", exclude={"run", "scaling", "tune"})
+    asked = json.loads(json.dumps(parts | {"tune.search": search, "run.seed": jobs.run.seed}))
+    if not file.exists():
+        file.write_text(json.dumps(asked, indent=2) + "\n")
+        return
+    begun = json.loads(file.read_text())
+    if other := [key for key in asked if asked[key] != begun.get(key)]:
+        raise UserError(
+            f"run.dir={str(file.parent)!r}: the search there began with other settings ({', '.join(other)}); give the "
+            "same to go on with it, or another run.dir"
+        )
 
 
 def search_space(config: Config, config_file: Path, settings: list[str]) -> dict[str, Any]:

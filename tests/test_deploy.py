@@ -104,6 +104,22 @@ def test_the_container_holds_all_that_the_project_is() -> None:
     assert {Path(config).parts[0], Path(job_of(job["entrypoint"]).policy.checkpoint).parts[0]} <= copied
 
 
+def test_grafana_is_provisioned_with_the_source_that_the_dashboard_asks() -> None:
+    folder = ROOT / "cluster/grafana"
+    dashboard = json.loads((folder / "ript_ray.json").read_text())
+    (source,) = yaml.safe_load((folder / "provisioning/datasources.yaml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((folder / "provisioning/dashboards.yaml").read_text())["providers"]
+    assert (provider["type"], Path(provider["options"]["path"]).is_absolute()) == ("file", True)
+    choices = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    assert choices["datasource"]["query"] == source["type"] == "prometheus"
+    for asked in [dashboard["panels"], *(panel["targets"] for panel in dashboard["panels"])]:
+        assert all(part["datasource"] == {"type": source["type"], "uid": "${datasource}"} for part in asked)
+    for panel in dashboard["panels"]:
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references), panel["title"]
+        assert all('{run=~"$run"}' in target["expr"] for target in panel["targets"])
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
     load_config(file, [])

@@ -26,8 +26,19 @@ from ript_ray.policies.checkpoints import newest_policy, prune_checkpoints, save
 from ript_ray.types import EpisodeRecord
 
 ROOT = Path(__file__).parents[1]
-TIMING = ("time", "seconds", "busy_s", "idle_s", "wait_s", "physics_s", "render_s", "inference_s", "memory_mb")
-"""Ends of the names of metrics that a clock or the machine decides."""
+TIMING = (
+    "time",
+    "seconds",
+    "busy_s",
+    "idle_s",
+    "wait_s",
+    "physics_s",
+    "render_s",
+    "inference_s",
+    "memory_mb",
+    "restarts",
+)
+"""Ends of the names of metrics that a clock, the machine or an interruption decides."""
 SETTINGS = [
     "env.id=gymnasium/ript_ray/PointReach-v0",
     "env.image_size=32",

@@ -29,6 +29,10 @@ def test_a_search_ranks_its_jobs_and_goes_on_after_an_interruption(point_start: 
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=180)
+    other = [*command, "tune.search={train.lr: [1.0e-4]}", "train.epochs=1"]
+    refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2
+    assert "began with other settings (train, tune.search)" in refused.stderr
     begun = {folder.name for folder in (tmp_path / "search/jobs").iterdir() if folder.is_dir()}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -48,7 +48,8 @@ class RolloutActor:
         self._world: World | None = None
         device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
         limit = config.scaling.wait_timeout_s
-        self._policy = PolicyCopy(store, description, device, limit) if store is not None else None
+        fused = config.policy.compiled
+        self._policy = PolicyCopy(store, description, device, limit, fused) if store is not None else None
         choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
         ids = config.env.ids
         # At the first start mistakes should show at once. Later, a task that crashes must not take the others with it.

@@ -97,13 +97,17 @@ class PolicyCopy:
         description: of the policy, see `build_policy`.
         device: where it acts.
         timeout_s: longest wait for weights.
+        compiled: fuse the Euler step, once: newer weights are then copied into the policy that is there.
     """
 
-    def __init__(self, store: str, description: dict[str, Any], device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, store: str, description: dict[str, Any], device: torch.device, timeout_s: float, compiled: bool = False
+    ) -> None:
         self._store = ray.get_actor(store)
         self._description = description
         self._device = device
         self._timeout_s = timeout_s
+        self._compiled = compiled
         self._policy: Policy | None = None
         self.version = -1
 
@@ -112,9 +116,17 @@ class PolicyCopy:
         newest = self._newest()
         if newest is not None:
             version, weights = newest
-            self._policy, self.version = None, -1  # a GPU need not have room for both
-            policy = build_policy(self._description, from_published(weights), share=True).to(self._device)
-            self._policy, self.version = policy.requires_grad_(False), version
+            if self._policy is not None and self._compiled:
+                self.version = -1
+                self._policy.load_state_dict(from_published(weights))
+            else:
+                self._policy, self.version = None, -1  # a GPU need not have room for both
+                share = not self._compiled
+                policy = build_policy(self._description, from_published(weights), share).to(self._device)
+                self._policy = policy.requires_grad_(False)
+                if self._compiled:
+                    self._policy.compile_step()
+            self.version = version
         if self._policy is None:
             raise RuntimeError("no weights were published before the first episode")
         return self._policy

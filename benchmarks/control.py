@@ -43,7 +43,9 @@ class _Host:
         self._config = config
         self._store = ray.get_actor("WeightStore")
         self._versions: Counter[int] = Counter()
-        self.busy_s = 0.0
+        self._busy_s = 0.0
+        self._playing: dict[int, tuple[float, float]] = {}
+        """Beginning and length of the episode at each seat."""
 
     async def collect(self, seat: int, context: Context) -> tuple[EpisodeReport, np.ndarray]:
         """What `RolloutActor.collect` does, without the play."""
@@ -52,8 +54,10 @@ class _Host:
             self._versions[seat] = found[0]
         rng = np.random.default_rng(context.seed)
         length = float(rng.lognormal(np.log(_EPISODE_S) - _SPREAD**2 / 2, _SPREAD))
+        self._playing[seat] = time.monotonic(), length
         await asyncio.sleep(length)
-        self.busy_s += length
+        del self._playing[seat]
+        self._busy_s += length
         steps = np.arange(0, 160, self._config.policy.execute, dtype=np.int32)
         report = EpisodeReport(
             context=context,
@@ -70,8 +74,9 @@ class _Host:
         return report, np.zeros(_TRAJECTORY_BYTES, dtype=np.uint8)
 
     async def busy(self) -> float:
-        """Seconds in episodes so far, of all seats."""
-        return self.busy_s
+        """Seconds in episodes so far, of all seats; of those that are not over, too."""
+        now = time.monotonic()
+        return self._busy_s + sum(min(now - began, length) for began, length in self._playing.values())
 
 
 @dataclass(frozen=True)

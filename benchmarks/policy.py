@@ -58,7 +58,7 @@ def measure_policy(
         parameter.data = parameter.data if policy.keeps_exact(name) else parameter.data.to(dtype)
     theirs = None if policy.config.pi05 else _transformers_pi0(policy).to(dtype)
     if compiled:
-        policy.velocity = torch.compile(policy.velocity, mode="max-autotune-no-cudagraphs")  # type: ignore[method-assign]
+        policy.compile_step("max-autotune-no-cudagraphs")
     result["inference"] = [_measure_inference(policy, theirs, batch, rounds) for batch in batches]
     return result
 

@@ -77,6 +77,9 @@ class PolicyConfig(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of a π0's weights in rollout actors; norms and small projections stay in float32, and so does what is
     trained."""
+    compiled: bool = False
+    """Let ``torch.compile`` fuse the Euler step in rollout actors; the first look then takes a minute, and a C++
+    compiler where they run on CPUs."""
     denoise_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions."""
     guidance: float = Field(default=1.0, ge=0.0)

@@ -24,7 +24,7 @@ from actors.dispatcher import Dispatcher, Episode
 from actors.home import Home
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor
-from actors.weights import WeightStore, publish
+from actors.weights import PolicyCopy, WeightStore, publish
 from benchmarks.learner import Recorder
 from learner.loop import learner_group
 from ript_ray.config import Config, ScalingConfig, load_config
@@ -210,6 +210,25 @@ def test_weights_that_cannot_be_kept_are_not_announced() -> None:
     with pytest.raises(TypeError):
         ray.get(store.publish.remote(1, [ray.put(Unputtable())], "other"), timeout=60)
     assert ray.get(store.newest_version.remote()) == (0, "hash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_acts_as_the_policy_that_was_published_last(compiled: bool) -> None:
+    policies = [make_policy(), make_policy()]
+    with torch.no_grad():
+        for parameter in policies[1].parameters():
+            parameter.mul_(1.1)
+    store = WeightStore.options(name=f"store-{compiled}").remote()
+    copy = PolicyCopy(f"store-{compiled}", policies[0].describe(), torch.device("cpu"), 60.0, compiled)
+    frames, states, noise = torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8), torch.ones(1, 8), torch.randn(1, 50, 7)
+    for version, policy in enumerate(policies):
+        publish(store, version, *to_publish(policy))
+        acting = copy.pull()
+        found, _ = acting.act(frames, states, ["go"], noise, guidance=2.0)
+        assert copy.version == version
+        torch.testing.assert_close(found, policy.act(frames, states, ["go"], noise, guidance=2.0)[0])
+    ray.kill(store)
 
 
 def learn(

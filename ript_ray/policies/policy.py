@@ -73,6 +73,10 @@ class Policy(nn.Module, abc.ABC):
         """Must this tensor stay in float32 when actors act in less precision? All of a small policy must."""
         return True
 
+    def compile_step(self, mode: str = "default") -> None:
+        """Fuse the Euler step; weights may be changed in place later. ``mode`` is one of ``torch.compile``'s."""
+        self.velocity = torch.compile(self.velocity, mode=mode)  # type: ignore[method-assign]
+
     def checkpoint_activations(self) -> None:
         """Compute layers again in the backward pass instead of keeping their activations."""
         raise UserError(f"train.checkpoint_activations: a policy of type {self.kind!r} is too small to need it")

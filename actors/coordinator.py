@@ -355,7 +355,7 @@ class Coordinator:
             now.open(group)
             acting = self._config.policy
             for context in group.contexts:
-                dispatcher.submit(Episode(group.id, context, acting.guidance, acting.explore))
+                dispatcher.submit(Episode(group.id, context, acting.guidance, exploring=True))
 
     def _may_open(self, step: int) -> bool:
         """Are the weights there that no rollout for this step may be older than?"""

@@ -36,7 +36,7 @@ class Episode:
     """Group that asked for the episode, or −1 for evaluation."""
     context: Context
     guidance: float
-    explore: float = 0.0
+    exploring: bool = False
     number: int = -1
     """In the journal of the run; given by the dispatcher."""
     attempts: int = 0
@@ -271,7 +271,7 @@ class Dispatcher:
             episode.deadline = time.monotonic() + self._timeout_s
             file = self._journal.episode_file(episode.number)
             report, trajectory = actor.collect.options(num_returns=2).remote(
-                episode.context, episode.guidance, episode.explore, file, self._home
+                episode.context, episode.guidance, episode.exploring, file, self._home
             )
             self._running[report] = (actor, trajectory, episode)
 

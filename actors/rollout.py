@@ -18,6 +18,7 @@ from actors.weights import PolicyCopy
 from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
+from ript_ray.policies.exploration import Exploration
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
@@ -60,7 +61,7 @@ class RolloutActor:
         return f"RolloutActor{self._index}"
 
     def collect(
-        self, context: Context, guidance: float, explore: float, file: Path | None, home: Home | None
+        self, context: Context, guidance: float, exploring: bool, file: Path | None, home: Home | None
     ) -> tuple[EpisodeReport, Trajectory]:
         """Play one episode with the newest weights and write it to ``file``. Call with ``num_returns=2``."""
         from ript_ray.data.storage import save_episode
@@ -82,7 +83,7 @@ class RolloutActor:
                 execute=self._config.policy.execute,
                 denoise_steps=self._config.policy.denoise_steps,
                 guidance=guidance,
-                explore=explore,
+                explore=Exploration.of(self._config.policy) if exploring else None,
             )
         except RuntimeError as error:
             if not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) and "CUDA" not in str(error):

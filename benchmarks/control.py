@@ -93,7 +93,7 @@ class _Seat:
     def options(self, **options: Any) -> _Seat:
         return self
 
-    def remote(self, context: Context, guidance: float, explore: float, file: Path | None, home: Home | None) -> Any:
+    def remote(self, context: Context, guidance: float, exploring: bool, file: Path | None, home: Home | None) -> Any:
         """Play a context."""
         return self.host.collect.options(num_returns=2).remote(self.number, context)
 

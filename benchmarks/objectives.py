@@ -74,11 +74,11 @@ class _Players:
         self.version += 1
         publish(self.store, self.version, *to_publish(policy, self.config.policy.precision))
 
-    def play(self, contexts: Sequence[Context], guidance: float, explore: float) -> list[Trajectory]:
+    def play(self, contexts: Sequence[Context], guidance: float, exploring: bool) -> list[Trajectory]:
         """One episode of each context, in their order."""
         dispatcher = Dispatcher(self.actors, self.config.scaling)
         for context in contexts:
-            dispatcher.submit(Episode(0, context, guidance, explore))
+            dispatcher.submit(Episode(0, context, guidance, exploring))
         played = {}
         while (outcome := dispatcher.next()) is not None:
             if outcome.report is None:
@@ -135,7 +135,7 @@ def measure(config: Config) -> dict[str, Any]:
         players.adopt(start)
         contexts = evaluation_contexts(config)["held_out"]
         if "base" not in result:
-            result["base"] = sum(t.success for t in players.play(contexts, 1.0, 0.0))
+            result["base"] = sum(t.success for t in players.play(contexts, 1.0, exploring=False))
         for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
             missing = [name for name in names if (_label(name, _scales(name)[-1]), seed) not in done]
             if not missing:
@@ -203,7 +203,7 @@ def _learn(
             run.training_rates.append(float(np.mean([group.rewards for group in new])))
             run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
             run.seconds.append(run.seconds[-1] + seconds + took)
-            run.successes.append(sum(t.success for t in players.play(contexts, scale, 0.0)))
+            run.successes.append(sum(t.success for t in players.play(contexts, scale, exploring=False)))
     return list(runs.values())
 
 
@@ -222,7 +222,7 @@ def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | No
     drawn = [sampler.next_group() for _ in range(config.sampling.groups)]
     if made is None:
         contexts = [context for group in drawn for context in group.contexts]
-        played = players.play(contexts, config.policy.guidance, config.policy.explore)
+        played = players.play(contexts, config.policy.guidance, exploring=True)
         size = config.sampling.group_size
         parts = [played[i : i + size] for i in range(0, len(played), size)]
         made = [_Group(part, np.array([t.reward for t in part])) for part in parts]

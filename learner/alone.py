@@ -35,6 +35,7 @@ from ript_ray.policies.checkpoints import (
     save_policy,
     to_publish,
 )
+from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions
 from ript_ray.rollout import play, render_steps
@@ -161,7 +162,10 @@ class Player:
         """Successes on the contexts of each column of the evaluation."""
         guidance = self._config.eval.guidance
         columns = evaluation_contexts(self._config)
-        return {name: [self._play(c, guidance, 0.0).success for c in contexts] for name, contexts in columns.items()}
+        return {
+            name: [self._play(c, guidance, exploring=False).success for c in contexts]
+            for name, contexts in columns.items()
+        }
 
     def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:
         """Groups with their rollouts, until enough of them are among ``accepted`` or the budget is spent."""
@@ -177,7 +181,7 @@ class Player:
             if not waiting or time.perf_counter() - began > (sampling.max_seconds or math.inf):
                 return
             group = waiting.popleft()
-            yield group, [self._play(context, acting.guidance, acting.explore) for context in group.contexts]
+            yield group, [self._play(context, acting.guidance, exploring=True) for context in group.contexts]
 
     def missing_frames(
         self, windows: np.ndarray, trajectories: dict[int, Trajectory]
@@ -196,7 +200,7 @@ class Player:
             frames |= {(i, start): frame for start, frame in zip(starts, rendered, strict=True)}
         return frames
 
-    def _play(self, context: Context, guidance: float, explore: float) -> Trajectory:
+    def _play(self, context: Context, guidance: float, exploring: bool) -> Trajectory:
         torch.set_num_threads(1)
         acting = self._config.policy
         trajectory = play(
@@ -207,7 +211,7 @@ class Player:
             execute=acting.execute,
             denoise_steps=acting.denoise_steps,
             guidance=guidance,
-            explore=explore,
+            explore=Exploration.of(acting) if exploring else None,
         )
         self.episodes += 1
         self.env_steps += len(trajectory)

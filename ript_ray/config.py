@@ -86,6 +86,13 @@ class PolicyConfig(_Section):
     """Guidance scale w of rollouts: v = v₀ + w(v₁ − v₀)."""
     explore: float = Field(default=0.0, ge=0.0)
     """Noise level of one stochastic Euler step in each chunk of a rollout, never of evaluation; 0 for none."""
+    action_noise: float = Field(default=0.0, ge=0.0)
+    """Deviation of noise that is added to the actions of rollouts, never of evaluation, in the environment's units;
+    what was executed is what is learnt from. 0 for none."""
+    noise_exponent: float = Field(default=1.0, ge=0.0)
+    """β of its power spectrum 1/f^β: 0 is white, 1 pink, which leads to other places rather than trembling, 2 brown."""
+    noise_dimensions: int = Field(default=3, ge=1)
+    """So many first action dimensions have it; an arm's first three move the hand."""
 
 
 class EvalConfig(_Section):
@@ -523,6 +530,11 @@ class Config(_Section):
             raise ValueError(
                 f"objective.name={objective.name} with data.windows={self.data.windows}: it compares with what the "
                 "policy answered to what it saw; set data.windows=seen"
+            )
+        if compares and self.policy.action_noise > 0:
+            raise ValueError(
+                f"policy.action_noise={self.policy.action_noise:g} with objective.name={objective.name}: it compares "
+                "with what the policy answered, which is not what was executed then; set policy.action_noise=0"
             )
         if compares and self.data.demo_share > 0:
             raise ValueError(

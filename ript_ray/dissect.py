@@ -12,6 +12,7 @@ from ript_ray.config import PolicyConfig
 from ript_ray.data.storage import load_episode
 from ript_ray.envs import make
 from ript_ray.policies.compare import Stages, save_stages
+from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.stages import recording
 from ript_ray.reporting import write_json
@@ -56,7 +57,8 @@ class Dissection:
             )
         return head + (
             "another first action than the recorded one; it was another policy (policy.checkpoint), or "
-            "policy.guidance, denoise_steps, execute or explore were others, or it acted on a GPU or in bfloat16"
+            "policy.guidance, denoise_steps, execute, explore or action_noise were others, or it acted on a GPU or in "
+            "bfloat16"
         )
 
 
@@ -82,7 +84,7 @@ def dissect(file: Path, policy: Policy, acting: PolicyConfig) -> Dissection:
             execute=acting.execute,
             denoise_steps=acting.denoise_steps,
             guidance=acting.guidance,
-            explore=acting.explore,
+            explore=Exploration.of(acting),
         )
     mirrored = env.frames_are_mirrored
     env.close()

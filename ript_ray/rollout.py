@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ript_ray.envs.world import LazyObservation, World
+from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.sampling import ChainStep, Explore
 from ript_ray.types import Context, Trajectory
@@ -88,20 +89,22 @@ def play(
     execute: int,
     denoise_steps: int,
     guidance: float,
-    explore: float = 0.0,
+    explore: Exploration | None = None,
 ) -> Trajectory:
     """Run one episode with a policy.
 
     The policy looks once per chunk and executes its first ``execute`` actions. Its noise depends on the context and
-    the position in the episode alone, so two policies can be compared on the same draws. With ``explore`` above 0 one
-    Euler step of each chunk is stochastic, at that noise level, and recorded.
+    the position in the episode alone, so two policies can be compared on the same draws. With ``explore`` it tries
+    more; stochastic steps, and actions with their noise, are recorded.
     """
+    explore = explore or Exploration()
     observation, _ = env.reset(**context.reset_arguments())
     recorder = Recorder(env, context)
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device
     shape = (1, policy.horizon, policy.action_dim)
-    stochastic = Explore(explore, execute, generator) if explore > 0 else None
+    stochastic = Explore(explore.level, execute, generator) if explore.level > 0 else None
+    disturbance = explore.draw(env.max_steps, env.action_dim, context.seed)
     success = over = False
     while not over:
         frames = torch.from_numpy(recorder.look(observation))[None].to(device)
@@ -109,7 +112,9 @@ def play(
         state = torch.from_numpy(observation["state"])[None].to(device)
         noise = torch.randn(shape, generator=generator).to(device)
         chunk, chain = policy.act(frames, state, [env.instruction], noise, guidance, denoise_steps, stochastic)
-        actions = chunk[0, :execute].clamp(-1.0, 1.0).cpu().numpy()
+        now = env.elapsed_steps
+        meant = chunk[0, :execute].cpu().numpy()
+        actions = np.clip(meant + disturbance[now : now + len(meant)], -1.0, 1.0)
         if chain is not None:
             recorder.add_chain(chain)
         recorder.inference_seconds += time.perf_counter() - started

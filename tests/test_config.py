@@ -65,6 +65,7 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
         (["objective.name=flow_sde", "policy.explore=0.5"], "set train.restart=false"),
         (["objective.name=flow_sde", *_COMPARING, "data.windows=all"], "set data.windows=seen"),
         (["objective.name=nft", *_COMPARING, "data.demo_share=0.5"], "set data.demo_share=0"),
+        (["objective.name=fpo", *_COMPARING, "policy.action_noise=0.1"], "set policy.action_noise=0"),
         (["objective.name=fpo", *_COMPARING, "train.ema=0.9"], "set train.act_with_ema=false"),
         (["objective.name=nft", *_COMPARING, "policy.guidance=2"], "set policy.guidance=1"),
         (["objective.name=fpo", *_COMPARING, "eval.guidance=2"], "set eval.guidance=1"),

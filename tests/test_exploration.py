@@ -1,0 +1,58 @@
+"""What rollouts try besides what the policy would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ript_ray.envs import make
+from ript_ray.policies.checkpoints import load_policy
+from ript_ray.policies.exploration import Exploration, coloured_noise
+from ript_ray.rollout import play
+from ript_ray.types import Context, Trajectory
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("steps", [128, 129])
+def test_coloured_noise_has_its_spectrum_and_a_variance_of_one(exponent: float, steps: int) -> None:
+    noise = coloured_noise(steps, 4000, exponent, np.random.default_rng(0))
+    assert noise.shape == (steps, 4000)
+    assert np.square(noise).mean() == pytest.approx(1.0, rel=0.05)
+    # By the definition of the discrete Fourier transform, not by the library's.
+    times = np.arange(steps)
+    powers = []
+    for k in (2, 8, 32):
+        wave = np.exp(-2j * np.pi * k * times / steps)
+        powers.append(np.square(np.abs(wave @ noise)).mean())
+    slopes = np.diff(np.log(powers)) / np.log(4.0)
+    np.testing.assert_allclose(slopes, -exponent, atol=0.08)
+
+
+def test_pink_noise_leads_further_than_white() -> None:
+    rng = np.random.default_rng(1)
+    white, pink = (np.abs(coloured_noise(100, 2000, b, rng).cumsum(0)[50]).mean() for b in (0.0, 1.0))
+    assert pink > 2 * white
+
+
+def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path) -> None:
+    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=30)
+    policy = load_policy(point_start)
+
+    def played(explore: Exploration | None, seed: int = 3) -> Trajectory:
+        context = Context(env.id, init_state=1, seed=seed)
+        return play(env, policy, context, policy_version=0, execute=5, denoise_steps=4, guidance=1.0, explore=explore)
+
+    plain, noisy = played(None), played(Exploration(action_noise=0.2, dimensions=1))
+    drawn = Exploration(action_noise=0.2, dimensions=1).draw(30, env.action_dim, seed=3)
+    assert not drawn[:, 1:].any()
+    assert drawn[:5, 0].any()
+    # Until the second look it has seen the same.
+    np.testing.assert_allclose(noisy.actions[:5], np.clip(plain.actions[:5] + drawn[:5], -1.0, 1.0), atol=1e-6)
+    np.testing.assert_array_equal(played(Exploration(action_noise=0.2, dimensions=1)).actions, noisy.actions)
+    np.testing.assert_array_equal(played(Exploration()).actions, plain.actions)
+    assert not np.array_equal(
+        Exploration(action_noise=0.2).draw(30, 3, seed=4), Exploration(action_noise=0.2).draw(30, 3, seed=3)
+    )
+    env.close()

@@ -104,7 +104,8 @@ def play(
     device = next(policy.parameters()).device
     shape = (1, policy.horizon, policy.action_dim)
     stochastic = Explore(explore.level, execute, generator) if explore.level > 0 else None
-    disturbance = explore.draw(env.max_steps, env.action_dim, context.seed)
+    # The last chunk may be cut short by the step limit.
+    disturbance = explore.draw(env.max_steps + execute, env.action_dim, context.seed)
     success = over = False
     while not over:
         frames = torch.from_numpy(recorder.look(observation))[None].to(device)

@@ -37,7 +37,7 @@ def test_pink_noise_leads_further_than_white() -> None:
 
 
 def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path) -> None:
-    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=30)
+    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=33)
     policy = load_policy(point_start)
 
     def played(explore: Exploration | None, seed: int = 3) -> Trajectory:
@@ -45,7 +45,7 @@ def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path)
         return play(env, policy, context, policy_version=0, execute=5, denoise_steps=4, guidance=1.0, explore=explore)
 
     plain, noisy = played(None), played(Exploration(action_noise=0.2, dimensions=1))
-    drawn = Exploration(action_noise=0.2, dimensions=1).draw(30, env.action_dim, seed=3)
+    drawn = Exploration(action_noise=0.2, dimensions=1).draw(33 + 5, env.action_dim, seed=3)
     assert not drawn[:, 1:].any()
     assert drawn[:5, 0].any()
     # Until the second look it has seen the same.

@@ -37,7 +37,7 @@ def test_pink_noise_leads_further_than_white() -> None:
 
 
 def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path) -> None:
-    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=33)
+    env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=7)
     policy = load_policy(point_start)
 
     def played(explore: Exploration | None, seed: int = 3) -> Trajectory:
@@ -45,9 +45,10 @@ def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path)
         return play(env, policy, context, policy_version=0, execute=5, denoise_steps=4, guidance=1.0, explore=explore)
 
     plain, noisy = played(None), played(Exploration(action_noise=0.2, dimensions=1))
-    drawn = Exploration(action_noise=0.2, dimensions=1).draw(33 + 5, env.action_dim, seed=3)
+    drawn = Exploration(action_noise=0.2, dimensions=1).draw(7 + 5, env.action_dim, seed=3)
     assert not drawn[:, 1:].any()
     assert drawn[:5, 0].any()
+    assert len(noisy) == 7  # in the middle of the second chunk
     # Until the second look it has seen the same.
     np.testing.assert_allclose(noisy.actions[:5], np.clip(plain.actions[:5] + drawn[:5], -1.0, 1.0), atol=1e-6)
     np.testing.assert_array_equal(played(Exploration(action_noise=0.2, dimensions=1)).actions, noisy.actions)

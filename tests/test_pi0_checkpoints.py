@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -122,8 +123,11 @@ def test_jax_arrays_keep_their_dtype() -> None:
 def test_each_jax_array_is_read_once_in_the_order_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, reads, read = open_checkpoint(TINY / "pi0").tensors, [], orbax.OrbaxTensors._read
     monkeypatch.setattr(orbax.OrbaxTensors, "_read", lambda self, array: reads.append(array) or read(self, array))
+    sizes = []
     for name in tensors.shapes:
         tensors.load(name)
+        sizes.append(math.prod(tensors._open(reads[-1]).shape))
+    assert sizes == sorted(sizes, reverse=True)  # the largest, which takes twice its size, while little else is held
     assert (
         len(reads) == len(set(reads)) == len(json.loads((TINY / "pi0/params/_METADATA").read_text())["tree_metadata"])
     )

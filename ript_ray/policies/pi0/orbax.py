@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,10 @@ class _Source:
 class OrbaxTensors:
     """The tensors of one orbax folder; each ``load`` reads from disk.
 
-    Names come array by array. Loaded in that order, every array is decoded once and at most one stack of layers is
-    held; orbax stores a stack as one compressed chunk, so a single layer could not be read for less. While a stack is
-    decoded, it takes twice its size (π0's largest: 2 x 4.8 GB in float32).
+    Names come array by array, the largest first. Loaded in that order, every array is decoded once and at most one
+    stack of layers is held; orbax stores a stack as one compressed chunk, so a single layer could not be read for less.
+    While a stack is decoded, and when all its layers are there, it takes twice its size (π0's largest: 2 x 4.8 GB in
+    float32): the large ones do so while little else is held.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -75,8 +77,8 @@ class OrbaxTensors:
         self._stack: tuple[str, torch.Tensor] | None = None
         shapes: dict[str, tuple[int, ...]] = {}
         table = _table()
-        for path, array in _leaves(self._metadata, folder).items():
-            shape = tuple(self._open(array).shape)
+        arrays = {p: (array, tuple(self._open(array).shape)) for p, array in _leaves(self._metadata, folder).items()}
+        for path, (array, shape) in sorted(arrays.items(), key=lambda item: -math.prod(item[1][1])):
             for name, convert in table.get(path, ((path, _same),)):
                 try:
                     for tensor, layer, converted in _expand(name, convert, shape):

@@ -62,7 +62,10 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     seen = stages.observations(resolve(config.data.demos), frame_size, config.env.image_size)
 
     def side(path: Path) -> stages.Stages:
-        return stages.load_stages(path) if path.is_file() else stages.stages_of(load_policy(path), *seen)
+        if path.is_file():
+            return stages.load_stages(path)
+        acting = config.policy
+        return stages.stages_of(load_policy(path), *seen, guidance=acting.guidance, steps=acting.denoise_steps)
 
     if second.endswith(".safetensors") and not Path(second).exists():
         stages.save_stages(Path(second), side(Path(first)))

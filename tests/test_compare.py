@@ -126,6 +126,11 @@ def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path
     arguments = ["compare", str(tmp_path / "b"), str(tmp_path / "theirs.safetensors"), "--json", str(result)]
     assert launch.main(arguments) == 0
     assert json.loads(result.read_text())["first"] == "velocity"
+    quick = ["compare", str(tmp_path / "a"), str(tmp_path / "quick.safetensors"), "policy.denoise_steps=4"]
+    assert launch.main(quick) == 0
+    for file, steps in (("theirs", 10), ("quick", 4)):
+        stages = load_stages(tmp_path / f"{file}.safetensors")
+        assert sum(name.startswith("velocity") for name in stages) == steps
     (tmp_path / "bad.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=r"bad\.safetensors cannot be read"):
         load_stages(tmp_path / "bad.safetensors")

@@ -28,7 +28,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     start = load_policy(resolve(config.sft.init)) if config.sft.init else None
     frame_size = config.env.image_size if start is None else start.transform.frame_size
     source = resolve(config.data.demos)
-    found = read_demonstrations(source, config.env.ids[0], config.data.frame_every, frame_size)
+    found = read_demonstrations(source, config.env.ids[0], config.data, image_size=frame_size)
     demos = frames_on_disk(found) if source.is_dir() else list(found)  # a dataset may be larger than the memory
     pool = dict(enumerate(demos))
     windows = [

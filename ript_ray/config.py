@@ -143,6 +143,13 @@ class DataConfig(_Section):
     demo_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each batch of ``train`` that are windows of successful demonstrations in ``demos``, always good (A = 1);
     0 trains on rollouts alone."""
+    cameras: tuple[str, ...] | None = None
+    """Of LeRobot datasets: the features that are cameras, in the order in which the policy has them (first the scene's,
+    then the wrist's). By default openpi's names, or else all ``observation.image…`` in the dataset's order."""
+    state: str | None = None
+    """Of LeRobot datasets: the feature that is the state; ``state`` or ``observation.state`` by default."""
+    actions: str | None = None
+    """Of LeRobot datasets: the feature that is the action; ``actions`` or ``action`` by default."""
     frame_every: int = Field(default=1, ge=1)
     """Of LeRobot datasets and HDF5 read every so many frames; windows start there. Actions are read all."""
     dataset_version: Literal["v3.0", "v2.1"] = "v3.0"

@@ -59,7 +59,7 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     folders = [Path(path) for path in (first, second) if Path(path).is_dir()]
     sizes = [load_shape(folder).transform.frame_size for folder in folders]
     frame_size = next((size for size in sizes if size is not None), None)
-    seen = stages.observations(resolve(config.data.demos), frame_size, config.env.image_size)
+    seen = stages.observations(config.data, frame_size, config.env.image_size)
 
     def side(path: Path) -> stages.Stages:
         if path.is_file():
@@ -84,7 +84,7 @@ def stats(source: str, target: str, config: Config) -> dict[str, Any]:
 
     chosen = config.convert
     result = norm_stats(
-        lambda: read_demonstrations(Path(source), config.env.ids[0], frames=False),
+        lambda: read_demonstrations(Path(source), config.env.ids[0], config.data, frames=False),
         chosen.relative,
         chosen.horizon or 50,
     )

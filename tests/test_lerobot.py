@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import launch
+from ript_ray.config import DataConfig
+from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.hdf5 import read_hdf5
 from ript_ray.data.lerobot.layout import LEROBOT_KEYS, Keys, describe_dataset
 from ript_ray.data.lerobot.read import read_dataset
@@ -112,6 +114,19 @@ def test_a_dataset_without_our_columns_is_of_demonstrations(tmp_path: Path) -> N
     assert (info.version, info.episodes, info.frames, info.fps, info.robot_type) == ("v3.0", 1, 5, 20, "panda")
     assert info.pictures == LEROBOT_KEYS.cameras
     assert info.features["observation.state"].shape == (8,)
+
+
+def test_features_may_be_named_and_cameras_ordered(tmp_path: Path) -> None:
+    wrist_first = Keys(("observation.images.wrist", "observation.images.front"), "joints", "command")
+    made = complete(6, 1)
+    write_dataset(tmp_path / "d", [made], columns=(), keys=wrist_first)
+    assert launch.main(["stats", str(tmp_path / "d"), str(tmp_path / "stats.json")]) == 2
+    names = ["data.state=joints", "data.actions=command"]
+    assert launch.main(["stats", str(tmp_path / "d"), str(tmp_path / "stats.json"), *names]) == 0
+    data = DataConfig(state="joints", actions="command", cameras=tuple(reversed(wrist_first.cameras)))
+    (read,) = read_demonstrations(tmp_path / "d", "x", data)
+    np.testing.assert_array_equal(read.states, made.states)
+    np.testing.assert_array_equal(read.frames, made.frames[:, ::-1])
 
 
 def test_one_trajectory_is_in_memory_at_a_time(tmp_path: Path) -> None:
@@ -477,7 +492,7 @@ def set_feature(name: str, **entries: Any) -> Callable[[dict[str, Any]], None]:
         (lambda columns: columns["info"].update(fps=0), "fps is 0"),
         (lambda columns: columns["info"].update(total_frames=21), "21 frames, the list of episodes 20"),
         (lambda columns: columns["info"].update(total_episodes=3), "3 episodes, the list of episodes has 2"),
-        (lambda columns: columns["info"]["features"].pop("action"), "neither openpi's names nor LeRobot's"),
+        (lambda columns: columns["info"]["features"].pop("action"), "neither openpi's names .* set data.actions"),
         (
             lambda columns: columns["info"]["features"].update(success={"dtype": "bool", "shape": [1]}),
             "no column 'success'",
@@ -496,8 +511,8 @@ def test_wrong_choices_are_named(tmp_path: Path) -> None:
         ({"episodes": [0, 2]}, "has no episode 2, only 0 to 1"),
         ({"every": 0}, "every is 0"),
         ({"image_size": 0}, "image_size is 0"),
-        ({"keys": Keys(("front",), "observation.state", "action")}, "has no feature 'front'"),
-        ({"keys": Keys(("action",), "observation.state", "action")}, "expected image or video"),
+        ({"names": {"cameras": ("front",)}}, "has no feature 'front'"),
+        ({"names": {"cameras": ("action",)}}, "expected image or video"),
     ):
         with pytest.raises(UserError, match=message):
             read_dataset(tmp_path, env_id="x", **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ript_ray.algos.advantages import leave_one_out
-from ript_ray.config import Config, load_config, resolve
+from ript_ray.config import Config, DataConfig, load_config, resolve
 from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
@@ -27,14 +27,14 @@ from ript_ray.types import EpisodeRecord, Start, Trajectory
 
 
 def read_demonstrations(
-    path: Path, env_id: str, every: int = 1, image_size: int | None = None, frames: bool = True
+    path: Path, env_id: str, data: DataConfig | None = None, *, image_size: int | None = None, frames: bool = True
 ) -> Iterator[Trajectory]:
     """Trajectories of a file of this project, a LeRobot dataset (a folder) or LIBERO's HDF5, one at a time.
 
     Args:
         path: of the file or folder.
         env_id: task that the contexts of foreign demonstrations name.
-        every: of foreign ones keep only the frames of every so-many-th step.
+        data: says of foreign ones which features are what, and how many of their frames to keep.
         image_size: scale the frames of a LeRobot dataset to this height and width; by default they stay as they are,
             or, where its cameras differ in size, become squares of the longest side.
         frames: False leaves those of a LeRobot dataset unread, for who needs none.
@@ -42,12 +42,15 @@ def read_demonstrations(
     Raises:
         UserError: when it is missing, damaged or of none of these kinds.
     """
+    data = data or DataConfig()
     if path.is_dir():
-        return read_dataset(path, env_id=env_id, every=every, image_size=image_size, frames=frames)
+        names = {"cameras": data.cameras, "state": data.state, "actions": data.actions}
+        every = data.frame_every
+        return read_dataset(path, env_id=env_id, names=names, every=every, image_size=image_size, frames=frames)
     if path.suffix in (".hdf5", ".h5"):
         from ript_ray.data.hdf5 import read_hdf5
 
-        return read_hdf5(path, env_id=env_id, every=every)
+        return read_hdf5(path, env_id=env_id, every=data.frame_every)
     return iter(load_trajectories(path))
 
 
@@ -60,9 +63,9 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     if config.data.demo_share == 0:
         return []
     key, size = f"data.demos={config.data.demos!r}", config.env.image_size
-    found = read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.data.frame_every, size)
-    demos = [demo for demo in found if demo.success]
     data = config.data
+    found = read_demonstrations(resolve(data.demos), config.env.ids[0], data, image_size=size)
+    demos = [demo for demo in found if demo.success]
     if not any(seen_starts(len(demo), demo.frame_steps, data.short, data.tail) for demo in demos):
         raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
     for demo in demos:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ript_ray.config import DataConfig, resolve
 from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
@@ -107,16 +108,17 @@ def stages_of(
 
 
 def observations(
-    demos: Path, frame_size: int | None, image_size: int, count: int = 4
+    data: DataConfig, frame_size: int | None, image_size: int, count: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Frames, states and instructions to compare on.
 
     Args:
-        demos: file or folder of demonstrations, whose first looks are taken; noise if there is none.
+        data: names demonstrations, whose first looks are taken; noise if there are none.
         frame_size: that the policies take, in pixels; None: any, so that a dataset's frames stay as they are.
         image_size: of noise for policies that take any.
         count: how many.
     """
+    demos = resolve(data.demos)
     if not demos.exists():
         rng, size = np.random.default_rng(0), frame_size or image_size
         frames = rng.integers(0, 256, (count, 2, size, size, 3), dtype=np.uint8)
@@ -124,7 +126,7 @@ def observations(
         return torch.from_numpy(frames), torch.from_numpy(states), ["pick up the bowl"] * count
     looks = [
         (demo.frames[i], demo.states[step], demo.instruction)
-        for demo in itertools.islice(read_demonstrations(demos, "libero_object/0", image_size=frame_size), count)
+        for demo in itertools.islice(read_demonstrations(demos, "libero_object/0", data, image_size=frame_size), count)
         for i, step in enumerate(demo.frame_steps[:count])
     ][:count]
     seen, felt, said = zip(*looks, strict=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +26,7 @@ def read_dataset(
     root: Path,
     *,
     env_id: str,
-    keys: Keys | None = None,
+    names: Mapping[str, Any] = MappingProxyType({}),
     every: int = 1,
     episodes: Collection[int] | None = None,
     image_size: int | None = None,
@@ -40,8 +42,9 @@ def read_dataset(
     Args:
         root: the folder that contains meta/ and data/.
         env_id: task that the contexts name; their seed is the episode's index.
-        keys: names of the features; by default openpi's (``image``, ``wrist_image``, ``state``, ``actions``) or
-            LeRobot's (``observation.images.*`` in their order, ``observation.state``, ``action``) are recognised.
+        names: of the features, as the fields of `Keys`; where one is None or missing, openpi's (``image``,
+            ``wrist_image``, ``state``, ``actions``) or LeRobot's (``observation.images.*`` in their order,
+            ``observation.state``, ``action``) are recognised.
         every: keep only the frames of every so-many-th step.
         episodes: indices of those to read; all by default.
         image_size: scale frames to this height and width, with black bars if they are not square; by default they stay
@@ -56,7 +59,7 @@ def read_dataset(
     for name, value in (("every", every), ("image_size", image_size)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, expected 1 or more")
-    keys = _checked(info, keys or _recognised(info))
+    keys = _checked(info, _recognised(info, {field: name for field, name in names.items() if name}))
     keys = keys if frames else replace(keys, cameras=())
     places = find_episodes(info, [name for name in keys.cameras if info.features[name].dtype == "video"])
     if episodes is not None:
@@ -169,16 +172,19 @@ class _Reader:
         return film
 
 
-def _recognised(info: DatasetInfo) -> Keys:
+def _recognised(info: DatasetInfo, known: Mapping[str, Any]) -> Keys:
     if {"state", "actions"} <= set(info.features):
         keys = Keys(tuple(name for name in OPENPI_KEYS.cameras if name in info.features))
     else:
         cameras = tuple(name for name in info.features if name.startswith("observation.image"))
         keys = Keys(cameras, "observation.state", "action")
-    if not keys.cameras or not {keys.state, keys.actions} <= set(info.features):
+    keys = replace(keys, **known)
+    found = {"cameras": keys.cameras, "state": keys.state in info.features, "actions": keys.actions in info.features}
+    unknown = [f"data.{field}" for field in found if not found[field] and field not in known]
+    if unknown:
         raise UserError(
             f"{info.root}: its features have neither openpi's names nor LeRobot's: {', '.join(info.features)}; say "
-            f"which is what with keys=Keys(cameras=…, state=…, actions=…)"
+            f"which is what: set {', '.join(unknown)}"
         )
     return keys
 

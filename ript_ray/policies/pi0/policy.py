@@ -195,7 +195,7 @@ class Pi0Policy(Policy):
             return self.action_out_proj(hidden.float())
 
     def keeps_exact(self, name: str) -> bool:
-        """Norms, and the small projections of states, actions and times; openpi keeps those, too, and two embeddings."""
+        """Norms and the small projections of states, actions and times; openpi keeps them and two embeddings."""
         return name.startswith(_EXACT) or ("norm." in name and not name.startswith("vision."))
 
     def checkpoint_activations(self) -> None:

@@ -44,6 +44,8 @@ try:
     from ript_ray.errors import UserError
     from ript_ray.tools import TOOLS, run_tool
 except ModuleNotFoundError as missing:
+    if missing.name is not None and (Path(__file__).parent / missing.name.split(".")[0]).exists():
+        raise  # one of the project's own
     sys.exit(
         f"error: the package {missing.name!r} is not there for {sys.executable}; run: make setup && source "
         ".venv/bin/activate"
@@ -60,6 +62,8 @@ COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval",
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job."""
+_JOB_RUNS = "/var/tmp/ript_ray"
+"""Where runs of jobs go that name no folder: their own is deleted when they end."""
 _NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
@@ -78,8 +82,8 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
     restarts = 0
     with (
         told_how_to_resume(run_dir),
-        stored(config.run.storage, run_dir, config.run.keep_checkpoints) as storage,
         tracking(config.run.mlflow_uri, run_dir, config.run.name, config.model_dump(mode="json")) as tracker,
+        stored(config.run.storage, run_dir, config.run.keep_checkpoints) as storage,
         report_server(run_dir, config.run.report_host, config.run.report_port) as address,
     ):
         if address is not None:
@@ -146,7 +150,10 @@ def train_until_it_fails(
     patience_s = config.scaling.wait_timeout_s if survived else 0.0  # a node that was lost may come back
     with ray_session(config.scaling, ResourcePlan.of(config.scaling), patience_s):
         store, actors, absent = start_rollouts(config, newest or policy, update)
-        demos = [(EpisodeReport.of(demo), ray.put(demo)) for demo in shown]
+        demos = []
+        while shown:  # from here to the object store, one by one
+            demo = shown.pop(0)
+            demos.append((EpisodeReport.of(demo), ray.put(demo)))
         pool = spawn(SamplePool, config, demos, name="SamplePool")
         folder, faults = run_dir.resolve(), survived + damaged
         coordinator = spawn(Coordinator, config, actors, pool, store, folder, faults, absent, name="Coordinator")
@@ -395,8 +402,9 @@ def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
     from actors.journal import wait_until_free
 
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = Path(config.run.dir) if config.run.dir else Path("runs") / name
-    if _RAY_JOB in os.environ and not run_dir.is_absolute():
+    in_job = _RAY_JOB in os.environ
+    run_dir = Path(config.run.dir) if config.run.dir else Path(_JOB_RUNS if in_job else "runs") / name
+    if in_job and not run_dir.is_absolute():
         raise UserError(
             f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
             "cluster's head, for example run.dir=/var/runs/first"

@@ -51,6 +51,7 @@ from ript_ray.types import Context, EpisodeReport
 
 log = logging.getLogger("ript_ray")
 
+_LEARNERS_LOST = "the learner group was lost"
 _SPARE_VERSIONS = 2
 """Episodes stay whole a little longer: should the newest checkpoints be damaged, they are trained on again."""
 
@@ -260,7 +261,7 @@ class Coordinator:
         with self._lock:
             self._learner_starts += 1
             if self._learner_starts > 1:
-                fault = f"the learner group was lost and started again at update {step + 1}"
+                fault = f"{_LEARNERS_LOST} and started again at update {step + 1}"
                 self._totals.errors.append(fault)
                 self._journal.fault(fault)
 
@@ -317,7 +318,8 @@ class Coordinator:
         row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
         row |= {f"rollout/{part}_s": s - worked_before[part] for part, s in self._totals.seconds.items()}
         episodes = self._totals.episodes - episodes_before
-        row["rollout/restarts"] = self._journal.sessions - 1 + max(0, self._learner_starts - 1)
+        learners_lost = sum(_LEARNERS_LOST in error for error in self._totals.errors)
+        row["rollout/restarts"] = self._journal.sessions - 1 + learners_lost
         row["rollout/weights_wait_s"] = (self._totals.weights_wait_s - waited_before) / max(1, episodes)
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at

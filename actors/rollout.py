@@ -120,15 +120,14 @@ class RolloutActor:
         return demonstrate(self._enter(context.env_id), context, self._config.demos)
 
     def awake(self) -> str | None:
-        """Returns once the actor is ready to play; says why the process before this one ended, if it is known.
+        """Returns once the actor is ready to play; says why the process before this one ended, if it is known."""
+        return self._watchdog.earlier
 
-        Raises:
-            UserError: when the policy is not one for this world.
-        """
+    def check_policy(self) -> None:
+        """Raise `UserError` when the policy is not one for this world."""
         if self._world is not None and self._policy is not None:
             world, transform = self._world, self._policy.pull().transform
             transform.check_sizes(f"env.id={world.id!r}", world.state_dim, world.action_dim)
-        return self._watchdog.earlier
 
     def renderer(self) -> str:
         """The OpenGL backend in use, with its device."""

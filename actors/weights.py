@@ -90,7 +90,8 @@ def publish(store: Any, version: int, weights: WeightArrays, sha256: str, timeou
 
 
 class PolicyCopy:
-    """An inference-only copy of a policy that follows a weight store; on a CPU it is the node's shared object itself.
+    """An inference-only copy of a policy that follows a weight store; on a CPU it is the node's shared object itself,
+    unless it is compiled.
 
     Args:
         store: name of the `WeightStore`. A handle could be gone when Ray starts the actor that has this copy again.
@@ -121,7 +122,7 @@ class PolicyCopy:
                 self._policy.load_state_dict(from_published(weights))
             else:
                 self._policy, self.version = None, -1  # a GPU need not have room for both
-                share = not self._compiled
+                share = not self._compiled or self._device.type != "cpu"  # what is shared cannot be copied into
                 policy = build_policy(self._description, from_published(weights), share).to(self._device)
                 self._policy = policy.requires_grad_(False)
                 if self._compiled:

@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from ript_ray.errors import UserError
 from ript_ray.report import VIDEOS, report_data, report_html
@@ -55,11 +57,10 @@ def report_server(run_dir: Path, host: str, port: int | None) -> Iterator[str | 
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """A reader who went away is no news for who trains."""
-        log.debug("the report page was not delivered", exc_info=True)
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader who went away is no news for who trains; the rest goes into the log of the run."""
+        gone = isinstance(sys.exception(), (ConnectionError, TimeoutError))
+        log.log(logging.DEBUG if gone else logging.ERROR, "the report page was not delivered", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -87,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
         first = int(match[1]) if match else 0
         last = min(int(match[2]), len(body) - 1) if match and match[2] else len(body) - 1
         if first > last and body:
-            self.send_error(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         self.send_response(HTTPStatus.PARTIAL_CONTENT if match else HTTPStatus.OK)
         if match:

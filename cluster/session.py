@@ -15,7 +15,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ript_ray.config import ScalingConfig
-from ript_ray.errors import UserError
+from ript_ray.errors import UserError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,11 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
     """
     address = scaling.address or os.environ.get("RAY_ADDRESS")
     local = address is None
+    if address is not None and "://" in address and not address.startswith("ray://"):
+        raise UserError(
+            f"scaling.address={address!r} (or RAY_ADDRESS): expected auto, or the HOST:6379 that 'ray start --head' "
+            "prints; the dashboard's address is for jobs, in RAY_API_SERVER_ADDRESS"
+        )
     if local:
         # It keeps what it knows of the newest 100,000 tasks, and grows for days until it has them.
         os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
@@ -136,13 +141,10 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
             configure_logging=True,
             runtime_env={"env_vars": env_vars | {"PYTHONPATH": _python_path()}},
         )
-    except (ConnectionError, ValueError) as error:
-        if address is None:
-            raise
-        reason = str(error).strip().splitlines()[0]
+    except ConnectionError as error:
         raise UserError(
-            f"scaling.address={address!r}: no Ray cluster answers there ({reason}); start one: ray start --head; "
-            "expected auto, or the HOST:6379 that it prints, also where it comes from RAY_ADDRESS"
+            f"scaling.address={address!r}: no Ray cluster answers there ({first_line(error)}); start one: ray start "
+            "--head"
         ) from error
     try:
         if not local:
@@ -202,6 +204,7 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> tuple[
         )
     try:
         ray.get(ready, timeout=scaling.wait_timeout_s)
+        ray.get(awake[ready[0]].check_policy.remote(), timeout=scaling.wait_timeout_s)
     except UserError as error:  # Ray adds the traceback of the actor
         raise getattr(error, "cause", error) from None
     except ray.exceptions.RayActorError as error:

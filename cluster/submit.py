@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.session import ResourcePlan, dashboard_address, living_nodes, node_of
 from ript_ray.config import Config, resolve
-from ript_ray.errors import UserError
+from ript_ray.errors import UserError, first_line
 
 PROJECT = Path(__file__).parents[1]
 _MOST_SENT = 100e6
@@ -23,7 +23,7 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
 
     Args:
         config: as the job will read it.
-        config_file: inside the project, which travels with the job.
+        config_file: in the project's ``configs``, which travels with the job.
         settings: ``section.key=value`` of the command line.
 
     Returns:
@@ -49,6 +49,11 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
             f"run.storage={config.run.storage!r}: a job's own folder is deleted when it ends; expected a URL or an "
             "absolute path"
         )
+    if config.data.demo_share > 0 and not Path(config.data.demos).is_absolute():
+        raise UserError(
+            f"data.demos={config.data.demos!r}: demonstrations do not travel with the job; expected the absolute path "
+            "that they have on the cluster's head"
+        )
     # Ray tells of every ignore file that it reads.
     logging.getLogger("ray").setLevel(logging.ERROR)
     address = dashboard_address()
@@ -57,7 +62,7 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
         nodes = living_nodes(address)
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
         raise UserError(
-            f"no Ray cluster answers at {address} ({str(error).strip().splitlines()[0]}); start one with 'ray start "
+            f"no Ray cluster answers at {address} ({first_line(error)}); start one with 'ray start "
             "--head', or set RAY_API_SERVER_ADDRESS to the address of its dashboard; if it asks for a token, set "
             "RAY_AUTH_MODE=token"
         ) from error
@@ -77,7 +82,7 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(
-            f"the cluster at {address} did not take the job: {str(error).strip().splitlines()[0]}; if {PROJECT} holds "
+            f"the cluster at {address} did not take the job: {first_line(error)}; if {PROJECT} holds "
             "large files, name them in .rayignore"
         ) from error
     print(f"sent to {len(nodes)} nodes at {address} as {job}")
@@ -91,7 +96,7 @@ def _inside(file: Path) -> str:
         path = file.resolve().relative_to(PROJECT / "configs")
     except ValueError as error:
         raise UserError(
-            f"--config {file}: only files inside {PROJECT / 'configs'} travel with the job; copy it there"
+            f"--config {file}: expected a file inside {PROJECT / 'configs'}, which travels with the job; copy it there"
         ) from error
     return str(Path("configs") / path)
 
@@ -99,8 +104,8 @@ def _inside(file: Path) -> str:
 def _left_here(checkpoint: str) -> list[str]:
     """The policies of the project's folder that the job does not need, as patterns for Ray."""
     policies = PROJECT / "checkpoints"
-    needed = resolve(checkpoint).resolve()
-    if not Path(checkpoint).is_absolute():
+    needed = None if Path(checkpoint).is_absolute() else resolve(checkpoint).resolve()
+    if needed is not None:
         if not needed.is_relative_to(policies) or not needed.is_dir():
             raise UserError(
                 f"policy.checkpoint={checkpoint!r}: only folders inside {policies} travel with the job; copy it there, "
@@ -111,5 +116,5 @@ def _left_here(checkpoint: str) -> list[str]:
                 f"policy.checkpoint={checkpoint!r}: {size / 1e6:.0f} MB are too much to send with a job; copy it to "
                 "the cluster's head and give its absolute path there"
             )
-    others = [folder for folder in policies.glob("*") if not needed.is_relative_to(folder)]
+    others = [folder for folder in policies.glob("*") if needed is None or not needed.is_relative_to(folder)]
     return [f"/checkpoints/{folder.name}" for folder in others]

@@ -7,16 +7,17 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ript_ray.errors import UserError
+from ript_ray.errors import UserError, first_line
 
 log = logging.getLogger("ript_ray")
 
-_CLOSE_S = 60.0
-"""That a server has to take the last metrics when the run ends."""
+_CLOSE_S = 10.0
+"""That a server has to take the last metrics when the run ends; a job that is stopped has not much longer."""
 
 
 class Tracker:
@@ -41,27 +42,27 @@ class Tracker:
         self._rows.put(row)
 
     def close(self) -> None:
-        """Log what is left, as far as the server takes it within a minute."""
+        """Log what is left, as far as the server takes it in time."""
         self._rows.put(None)
         self._thread.join(timeout=_CLOSE_S)
 
     def _loop(self) -> None:
-        waiting: list[dict[str, Any]] = []
+        waiting: deque[dict[str, Any]] = deque()
         more = True
         while more:
             row = self._rows.get()
             more = row is not None
             if row is not None:
                 waiting.append(row)
-            waiting = [row for row in waiting if not self._taken(row)]  # one that is refused for good holds up no other
-
-    def _taken(self, row: dict[str, Any]) -> bool:
-        try:
-            self._log(row)
-        except Exception:  # whatever it is, the run goes on
-            log.exception("MLflow did not take the metrics of update %s; they are in metrics.jsonl", row.get("update"))
-            return False
-        return True
+            while waiting:
+                try:
+                    self._log(waiting[0])
+                    waiting.popleft()
+                except Exception as error:  # whatever it is, the run goes on
+                    at, reason = waiting[0].get("update"), first_line(error)
+                    log.error("MLflow did not take the metrics of update %s (%s); metrics.jsonl has them", at, reason)
+                    waiting.rotate(-1)  # one that is refused for good holds up no other
+                    break
 
     def _log(self, row: dict[str, Any]) -> None:
         import mlflow
@@ -72,9 +73,10 @@ class Tracker:
             known = mlflow.MlflowClient().get_metric_history(self._run_id, first)
             self._logged[first] = {metric.step for metric in known}
         if step not in self._logged[first]:
+            known_steps = self._logged.pop(first)  # if this fails, the server may have taken it yet
             # Named: in another thread than the one that began it, no run is active, and MLflow would begin one.
             mlflow.log_metrics(numbers, step=step, run_id=self._run_id)
-            self._logged[first].add(step)
+            self._logged[first] = known_steps | {step}
 
     def artifacts(self, run_dir: Path, acting: dict[str, float]) -> None:
         """Log the run's files, and the final policy as a model that can be loaded and asked for actions.
@@ -116,16 +118,21 @@ def tracking(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own seven take minutes
+    # Its own seven tries of two minutes each would hold up the beginning and the end.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
     try:
         run_id = _begin(uri, run_dir, name, settings)
     except Exception as error:  # of MLflow, its store's database, or the network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with contextlib.suppress(Exception):
+            mlflow.end_run("FAILED")  # if it was begun
+        advice = (
+            "move mlflow.db beside the run away" if uri is None else "correct it, start the server, or set it to null"
+        )
         raise UserError(
-            f"run.mlflow_uri={uri!r}: MLflow cannot begin a run there ({reason[:300]}); correct it, start the server, "
-            "or set run.mlflow_uri=null for a file beside the run"
+            f"run.mlflow_uri={uri!r}: MLflow cannot begin a run there ({first_line(error)}); {advice}"
         ) from error
     tracker = Tracker(run_id)
     status = "FAILED"
@@ -161,8 +168,8 @@ def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[s
         begun = None
     run_id = str(mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name).info.run_id)
     if begun is None:
-        marker.write_text(run_id + "\n")
         mlflow.log_params({f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()})
+        marker.write_text(run_id + "\n")
     return run_id
 
 

@@ -49,7 +49,8 @@ def search(
         ``best`` (its settings, folder and success) and ``trials``, the best first.
     """
     own = _of_jobs(settings)
-    _same_search(run_dir / "search.json", config.tune.search, load_config(config_file, own))
+    begun = ray_tune.Tuner.can_restore(str(run_dir.resolve() / "search"))
+    _same_search(run_dir / "search.json", begun, config, load_config(config_file, own))
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, jobs=config.tune.parallel)):
         job = {
             "command": [
@@ -67,7 +68,7 @@ def search(
         # A trial only watches its job, which reserves for itself; but Tune wants every trial to reserve something.
         trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, job=job), {"memory": 1e6})
         storage = run_dir.resolve()
-        if ray_tune.Tuner.can_restore(str(storage / "search")):
+        if begun:
             tuner = ray_tune.Tuner.restore(str(storage / "search"), trainable, resume_errored=True)
         else:
             tuner = ray_tune.Tuner(
@@ -93,19 +94,20 @@ def search(
     return {"best": trials[0], "trials": trials}
 
 
-def _same_search(file: Path, search: dict[str, Any], jobs: Config) -> None:
+def _same_search(file: Path, begun: bool, config: Config, jobs: Config) -> None:
     """Note what is searched, or compare it with what the search began with: Tune would go on with that unasked.
 
     Raises:
         UserError: when it is another search.
     """
     parts = jobs.model_dump(mode="json", exclude={"run", "scaling", "tune"})
-    asked = json.loads(json.dumps(parts | {"tune.search": search, "run.seed": jobs.run.seed}))
-    if not file.exists():
+    own = {"tune.search": config.tune.search, "tune.trials": config.tune.trials, "run.seed": jobs.run.seed}
+    asked = json.loads(json.dumps(parts | own))
+    if not begun or not file.exists():
         file.write_text(json.dumps(asked, indent=2) + "\n")
         return
-    begun = json.loads(file.read_text())
-    if other := [key for key in asked if asked[key] != begun.get(key)]:
+    known = json.loads(file.read_text())
+    if other := [key for key in asked if asked[key] != known.get(key)]:
         raise UserError(
             f"run.dir={str(file.parent)!r}: the search there began with other settings ({', '.join(other)}); give the "
             "same to go on with it, or another run.dir"

@@ -222,4 +222,6 @@ class Player:
             if self._world is not None:
                 self._world.close()
             self._world = make(env_id, self._config.env.image_size, self._config.env.max_steps)
+            sizes = self._world.state_dim, self._world.action_dim
+            self.policy.transform.check_sizes(f"env.id={env_id!r}", *sizes)
         return self._world

@@ -490,6 +490,10 @@ class Config(_Section):
                 "what is collected so far ahead would never be trained on"
             )
         scaling = self.scaling
+        if self.policy.compiled and not scaling.ray:
+            raise ValueError(
+                "policy.compiled=true with scaling.ray=false: only rollout actors compile; set one of them"
+            )
         if scaling.min_actors is not None and scaling.min_actors > scaling.actors:
             raise ValueError(f"scaling.min_actors={scaling.min_actors} is more than scaling.actors={scaling.actors}")
         if scaling.min_actors is not None and not (scaling.actor_labels and scaling.learner_labels):
@@ -565,6 +569,12 @@ class Config(_Section):
                         f"objective.{key}={getattr(objective, key)} with objective.name={objective.name}: it asks only "
                         "whether an advantage is positive; choose advantage_weighted, nft, fpo or flow_sde"
                     )
+        shown = round(self.data.demo_share * self.train.batch_size)
+        if self.data.demo_share > 0 and not 0 < shown < self.train.batch_size:
+            raise ValueError(
+                f"data.demo_share={self.data.demo_share:g} of train.batch_size={self.train.batch_size} are {shown} "
+                "windows of demonstrations; expected some of both kinds in each batch"
+            )
         own_samples = not self.train.restart and self.train.max_staleness == 0
         if objective.name in ("fpo", "nft") and self.train.updates > 1 and not own_samples:
             raise ValueError(

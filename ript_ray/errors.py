@@ -18,3 +18,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(options[:12])
     return f"valid: {shown}{', …' if len(options) > 12 else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -278,8 +278,11 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         return done.stderr
 
+    assert "run.dir=None: a job's own folder is deleted when it ends" in said()
     assert "run.dir='runs/first': a job's own folder is deleted when it ends" in said("run.dir=runs/first")
-    assert "run.storage='copy': a job's own folder is deleted" in said("run.storage=copy")
+    assert "run.storage='copy': a job's own folder is deleted" in said(f"run.dir={tmp_path}", "run.storage=copy")
+    demos = ["data.demos=mine", "data.demo_share=0.5"]
+    assert "data.demos='mine': demonstrations do not travel" in said(f"run.dir={tmp_path}", *demos)
     assert "scaling.actors=0 measures one machine alone" in said("scaling.actors=0")
     assert "policy.checkpoint='configs': only folders inside" in said("policy.checkpoint=configs")
     assert "policy.checkpoint='checkpoints/none': only folders inside" in said("policy.checkpoint=checkpoints/none")

@@ -66,6 +66,8 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
         (["objective.name=flow_sde", *_COMPARING, "data.windows=all"], "set data.windows=seen"),
         (["objective.name=nft", *_COMPARING, "data.demo_share=0.5"], "set data.demo_share=0"),
         (["objective.name=fpo", *_COMPARING, "policy.action_noise=0.1"], "set policy.action_noise=0"),
+        (["data.demo_share=0.999", "train.batch_size=16", "train.micro_batch=16"], "are 16 windows of demonstrations"),
+        (["policy.compiled=true", "scaling.ray=false"], "only rollout actors compile"),
         (["objective.name=fpo", *_COMPARING, "train.ema=0.9"], "set train.act_with_ema=false"),
         (["objective.name=nft", *_COMPARING, "policy.guidance=2"], "set policy.guidance=1"),
         (["objective.name=fpo", *_COMPARING, "eval.guidance=2"], "set eval.guidance=1"),

@@ -72,6 +72,10 @@ def test_demonstrations_to_be_mixed_with_rollouts_are_successful_and_alike(point
         show(64)
     with pytest.raises(UserError, match="no windows of successful demonstrations"):
         show(32, tail="drop")
+    elsewhere = [dataclasses.replace(demo, context=Context("libero_object/0", 0, 0)) for demo in played]
+    save_trajectories(file, elsewhere, {})
+    with pytest.raises(UserError, match=r"is of libero_object/0; expected demonstrations of env.id="):
+        show(32)
     wide = [dataclasses.replace(demo, states=np.tile(demo.states, 2)) for demo in played]
     save_trajectories(file, wide, {})
     with pytest.raises(UserError, match="state dimensions, the policy was made for"):

@@ -41,7 +41,7 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
         (["train", "--json", "configs"], "--json configs: is a folder"),
         (
             ["eval", "scaling.address=http://127.0.0.1:9"],
-            "scaling.address='http://127.0.0.1:9': no Ray cluster answers",
+            "scaling.address='http://127.0.0.1:9' (or RAY_ADDRESS): expected auto",
         ),
         (["train", "quick"], "expected section.key=value"),
         (["eval", "env.id=libero_goal/0,libero_gaol/1"], "did you mean 'libero_goal'"),

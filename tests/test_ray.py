@@ -29,6 +29,7 @@ from benchmarks.learner import Recorder
 from learner.loop import learner_group
 from ript_ray.config import Config, ScalingConfig, load_config
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
+from ript_ray.policies.policy import Policy
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -222,12 +223,16 @@ def test_a_copy_acts_as_the_policy_that_was_published_last(compiled: bool) -> No
     store = WeightStore.options(name=f"store-{compiled}").remote()
     copy = PolicyCopy(f"store-{compiled}", policies[0].describe(), torch.device("cpu"), 60.0, compiled)
     frames, states, noise = torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8), torch.ones(1, 8), torch.randn(1, 50, 7)
+    acted: list[Policy] = []
     for version, policy in enumerate(policies):
         publish(store, version, *to_publish(policy))
         acting = copy.pull()
+        acted.append(acting)
+        assert hasattr(acting.velocity, "get_compiler_config") == compiled
         found, _ = acting.act(frames, states, ["go"], noise, guidance=2.0)
         assert copy.version == version
         torch.testing.assert_close(found, policy.act(frames, states, ["go"], noise, guidance=2.0)[0])
+    assert (acted[0] is acted[1]) == compiled  # else each version would be compiled anew
     ray.kill(store)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,11 @@ def test_demonstrations_make_up_their_share_of_every_batch() -> None:
         [Window(int(i), int(s)) for i, s in shard.windows[shard.order[0]]], shard.trajectories, shard.weights
     )
     assert len(batch) == 16
+    nothing, _ = make_shard(3, {}, {}, {}, config, demos)  # no rollouts were kept
+    assert len(nothing.order) == 0
+    one_camera = dataclasses.replace(shown[0], frames=shown[0].frames[:, :1])
+    with pytest.raises(UserError, match="1 and 2 cameras"):
+        make_shard(3, reports, advantages, dict(enumerate(members)), config, {-1: (EpisodeReport.of(one_camera), None)})
 
 
 def test_shuffled_batches_are_whole_passes() -> None:

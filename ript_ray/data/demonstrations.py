@@ -16,14 +16,14 @@ from ript_ray.config import Config, DataConfig, load_config, resolve
 from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
+from ript_ray.data.shards import starts_seen
 from ript_ray.data.storage import load_episode, load_trajectories
-from ript_ray.data.windows import seen_starts
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts
 from ript_ray.policies.policy import Policy
 from ript_ray.rollout import Recorder
-from ript_ray.types import EpisodeRecord, Start, Trajectory
+from ript_ray.types import EpisodeRecord, EpisodeReport, Start, Trajectory
 
 
 def read_demonstrations(
@@ -58,17 +58,19 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     """The successful ones of ``data.demos`` that `train` mixes with rollouts; none if ``data.demo_share`` is 0.
 
     Raises:
-        UserError: when there are none, or their states, actions, frames or cameras are not as those of rollouts.
+        UserError: when there are none, or they are of other tasks, or their states, actions or frames
+            not as those of rollouts.
     """
     if config.data.demo_share == 0:
         return []
     key, size = f"data.demos={config.data.demos!r}", config.env.image_size
-    data = config.data
-    found = read_demonstrations(resolve(data.demos), config.env.ids[0], data, image_size=size)
+    found = read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.data, image_size=size)
     demos = [demo for demo in found if demo.success]
-    if not any(seen_starts(len(demo), demo.frame_steps, data.short, data.tail) for demo in demos):
+    if not any(starts_seen(EpisodeReport.of(demo), config.data) for demo in demos):
         raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
     for demo in demos:
+        if demo.context.env_id not in config.env.ids:
+            raise UserError(f"{key} is of {demo.context.env_id}; expected demonstrations of env.id={config.env.id!r}")
         policy.transform.check_sizes(key, demo.states.shape[1], demo.actions.shape[1])
         if demo.frames.shape[2:4] != (size, size):
             raise UserError(

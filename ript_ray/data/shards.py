@@ -11,6 +11,7 @@ import numpy as np
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
 from ript_ray.data.windows import batches_with_good, seen_starts, shuffled_batches, window_starts
+from ript_ray.errors import UserError
 from ript_ray.types import EpisodeReport, Shard
 
 Demos = Mapping[int, tuple[EpisodeReport, Any]]
@@ -37,8 +38,17 @@ def make_shard(
 
     Returns:
         The shard, and what was met in processing the advantages.
+
+    Raises:
+        UserError: when demonstrations have more or fewer cameras than rollouts.
     """
     train = config.train
+    cameras = {report.cameras for report in [*reports.values(), *(demo for demo, _ in demos.values())]}
+    if len(cameras) > 1:
+        raise UserError(
+            f"data.demos={config.data.demos!r} with data.demo_share={config.data.demo_share:g}: demonstrations and "
+            f"rollouts have {' and '.join(map(str, sorted(cameras)))} cameras; expected as many (data.cameras)"
+        )
     identifiers = sorted(reports)  # whichever finished first
     windows = np.array(
         [(i, start) for i in identifiers for start in trained_starts(reports[i], config.data)], dtype=np.int32
@@ -58,8 +68,8 @@ def make_shard(
     order = batches_with_good(
         good, config.data.good_share, train.epochs, train.batch_size - shown, seed, train.min_steps
     )
-    if shown:
-        starts = [(i, s) for i, (demo, _) in demos.items() for s in _seen_starts(demo, config.data)]
+    if shown and len(order):  # without rollouts there is no update
+        starts = [(i, s) for i, (demo, _) in demos.items() for s in starts_seen(demo, config.data)]
         rows = len(windows) + shuffled_batches(len(starts), 0, shown, [*seed, 2], len(order))
         # Learners take columns, so demonstrations must not stand in the last.
         order = np.random.default_rng([*seed, 3]).permuted(np.concatenate([order, rows], 1), axis=1).astype(np.int32)
@@ -110,8 +120,9 @@ def trained_starts(report: EpisodeReport, data: DataConfig) -> list[int]:
     """Starts of the windows of a trajectory that are trained on, as ``data.windows`` says."""
     if data.windows == "all":
         return list(window_starts(report.length, short=data.short, tail=data.tail))
-    return _seen_starts(report, data)
+    return starts_seen(report, data)
 
 
-def _seen_starts(report: EpisodeReport, data: DataConfig) -> list[int]:
+def starts_seen(report: EpisodeReport, data: DataConfig) -> list[int]:
+    """Starts of its windows that have a frame, because the policy, or the camera of a demonstration, looked there."""
     return seen_starts(report.length, report.frame_steps, data.short, data.tail)

@@ -75,7 +75,7 @@ class Policy(nn.Module, abc.ABC):
 
     def compile_step(self, mode: str = "default") -> None:
         """Fuse the Euler step; weights may be changed in place later. ``mode`` is one of ``torch.compile``'s."""
-        self.velocity = torch.compile(self.velocity, mode=mode)  # type: ignore[method-assign]
+        self.velocity = torch.compile(self.velocity, mode=mode, dynamic=False)  # type: ignore[method-assign]
 
     def checkpoint_activations(self) -> None:
         """Compute layers again in the backward pass instead of keeping their activations."""

@@ -26,7 +26,7 @@ from ript_ray.policies.transform import check_relative
 _HEAD_DIM = 72
 """Of So400m/14, the vision tower of every published π0."""
 RANDOM = "random:"
-_TELLING = ("vision.embeddings.patch_embedding.weight", "words.weight", "action_in_proj.weight")
+_TELLING = ("vision.embeddings.patch_embedding.weight", "words.weight", "action_in_proj.weight", "state_proj.weight")
 """Tensors whose shape is taken apart."""
 _RULES = {"z_score": z_score, "quantile": quantile}
 _LEROBOT_RULES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
@@ -127,7 +127,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
         )
     except KeyError as error:
         raise UserError(f"the checkpoint has no tensor {to_openpi(str(error.args[0]))!r}; it is incomplete") from error
-    except ValueError as error:  # a tensor that tells a size has another number of dimensions
+    except (ValueError, IndexError) as error:  # a tensor that tells a size has another number of dimensions
         told = {to_openpi(name): shapes[name] for name in _TELLING if name in shapes}
         raise UserError(f"a tensor of the checkpoint has the wrong number of dimensions: {told}") from error
 

@@ -40,7 +40,7 @@ class PromptTokenizer:
             from tokenizers import Tokenizer
 
             words = Tokenizer.from_buffer(content)
-            self.size = words.get_vocab_size()
+            self.size = words.get_vocab_size(with_added_tokens=False)
             # Without its own rule for the beginning, which would come to what `encode` adds.
             self._tokens = lambda text: list(words.encode(text, add_special_tokens=False).ids)
             begin = words.token_to_id("<bos>")

@@ -58,8 +58,8 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     """The successful ones of ``data.demos`` that `train` mixes with rollouts; none if ``data.demo_share`` is 0.
 
     Raises:
-        UserError: when there are none, or they are of other tasks, or their states, actions or frames
-            not as those of rollouts.
+        UserError: when there are none, or they are of other tasks, or their states, actions or frames are not as those
+            of rollouts.
     """
     if config.data.demo_share == 0:
         return []

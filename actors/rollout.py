@@ -18,6 +18,7 @@ from actors.weights import PolicyCopy
 from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
+from ript_ray.policies.checkpoints import empty_policy
 from ript_ray.policies.exploration import Exploration
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
@@ -50,6 +51,7 @@ class RolloutActor:
         device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
         limit = config.scaling.wait_timeout_s
         fused = config.policy.compiled
+        self._description = description
         self._policy = PolicyCopy(store, description, device, limit, fused) if store is not None else None
         choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
         ids = config.env.ids
@@ -124,9 +126,10 @@ class RolloutActor:
         return self._watchdog.earlier
 
     def check_policy(self) -> None:
-        """Raise `UserError` when the policy is not one for this world."""
-        if self._world is not None and self._policy is not None:
-            world, transform = self._world, self._policy.pull().transform
+        """Raise `UserError` when the policy is not one for this world. It needs no weights yet."""
+        world = self._world
+        if world is not None and self._policy is not None:
+            transform = empty_policy(self._description).transform
             transform.check_sizes(f"env.id={world.id!r}", world.state_dim, world.action_dim)
 
     def renderer(self) -> str:

@@ -64,9 +64,8 @@ def load_shape(folder: Path) -> Policy:
     Raises:
         UserError: as `load_policy`, as far as that can be told without the weights.
     """
-    with _readable(folder), torch.device("meta"):
-        description = json.loads((folder / "policy.json").read_text())
-        return policy_class(description["type"]).from_description(description)
+    with _readable(folder):
+        return empty_policy(json.loads((folder / "policy.json").read_text()))
 
 
 @contextlib.contextmanager
@@ -127,8 +126,7 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
     Raises:
         UserError: when a tensor is missing, unknown or misshapen.
     """
-    with torch.device("meta"):  # neither memory nor time for weights that are replaced
-        policy = policy_class(description["type"]).from_description(description)
+    policy = empty_policy(description)
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -140,6 +138,12 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
     own = weights if share else {name: tensor.clone() for name, tensor in weights.items()}
     policy.load_state_dict(own, assign=True)
     return policy.eval()
+
+
+def empty_policy(description: Mapping[str, Any]) -> Policy:
+    """A policy without memory for its weights (on PyTorch's meta device), from its description."""
+    with torch.device("meta"):
+        return policy_class(description["type"]).from_description(description)
 
 
 def policy_class(kind: str) -> type[Policy]:

@@ -244,16 +244,16 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     starts = training_starts(config.env)
     with players(config, run_dir) as coordinator:
 
-        def play(scale: float, episodes: range) -> list[bool]:
+        def play(scale: float, episodes: range) -> list[bool | None]:
             contexts = [start_context(starts[i % len(starts)], config.eval.seed + i) for i in episodes]
-            played = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
-            return [bool(success) for success in played]
+            played: list[bool | None] = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
+            return played
 
         result = successive_halving(config.eval.scales, play, config.eval.halving_episodes)
     for row in result["table"]:
         print(f"  w = {row['scale']:<5g}{describe_rate(row)}")
     told = "the best" if result["chosen"] == result["best"] else f"{result['best']:g} is not told apart from it"
-    print(f"policy.guidance={result['chosen']:g}: {told}")
+    print(f"eval.guidance={result['chosen']:g}: {told} (p = {result['paired_p']:.2g} in the same episodes)")
     return {"env": config.env.id} | result
 
 
@@ -335,12 +335,9 @@ def load_starting_policy(config: Config) -> Policy:
             f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
             f"{size}×{size} pixels; set env.image_size={size}"
         )
-    least = policy.transform.smallest_frame_size
-    if config.env.image_size < least:
-        raise UserError(
-            f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} looks at {least}×"
-            f"{least} pixels and would see blurred frames; set env.image_size={least} or more (LIBERO's is 256)"
-        )
+    policy.transform.check_frame_size(
+        f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r}", config.env.image_size
+    )
     for key, scale in (("policy.guidance", config.policy.guidance), ("eval.guidance", config.eval.guidance)):
         if scale != 1 and not policy.conditional:
             raise UserError(
@@ -404,11 +401,10 @@ def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
     name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
     in_job = _RAY_JOB in os.environ
     run_dir = Path(config.run.dir) if config.run.dir else Path(_JOB_RUNS if in_job else "runs") / name
-    if in_job and not run_dir.is_absolute():
-        raise UserError(
-            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
-            "cluster's head, for example run.dir=/var/runs/first"
-        )
+    if in_job:
+        from cluster.submit import check_run_dir
+
+        check_run_dir(str(run_dir))
     if (run_dir / "summary.json").exists():
         raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
     if resuming:
@@ -441,7 +437,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", help="section.key=value, and what the command is about")
     parser.add_argument("--suite", help="short for env.id=SUITE/TASK, with --task")
     parser.add_argument("--task", help="number or name of a task in --suite; 0 by default")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings")
+    parser.add_argument(
+        "--config", type=Path, help="YAML file of settings; configs/default.yaml by default, or the benchmark's own"
+    )
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="train: go on with a run that was interrupted")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_intermixed_args(arguments)
@@ -456,7 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume:
             result = resume(options.command, settings, options.resume)
         else:
-            result = dispatch(options.command, settings, options.config)
+            result = dispatch(options.command, settings, options.config or default_config(options.command, settings))
         if options.json:
             from ript_ray.reporting import write_json
 
@@ -515,6 +513,14 @@ def go_on(config: Config) -> dict[str, Any] | None:
         print(f"{run_dir}: {run.state()}")
         return run.summary
     return train(fit_actors(config), make_run_dir(config, "train", resuming=True))
+
+
+def default_config(command: str, settings: list[str]) -> Path:
+    """The configuration of a command that names none."""
+    from benchmarks import CONFIGS
+
+    names = [CONFIGS[word] for word in settings if word in CONFIGS] if command == "bench" else []
+    return DEFAULT_CONFIG.with_name(names[0]) if names else DEFAULT_CONFIG
 
 
 def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -44,7 +43,7 @@ class Collection:
     @property
     def has_enough(self) -> bool:
         """Is the quota of accepted groups met?"""
-        return self.accepted >= math.ceil(self.config.enough * self.config.groups)
+        return self.accepted >= self.config.quota
 
     def open(self, group: Group) -> None:
         """Note a group that is now rolled out."""

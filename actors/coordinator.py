@@ -61,6 +61,7 @@ class _Totals:
     episodes: int = 0
     env_steps: int = 0
     surplus: int = 0
+    """Played, but of groups that were no longer wanted."""
     frames: int = 0
     """Rendered because a policy looked."""
     eager_frames: int = 0
@@ -307,8 +308,9 @@ class Coordinator:
         ended_by, seconds = ended
         last = step + 1 == self._config.train.updates
         if not self._asynchronous or last:
-            self._totals.surplus += dispatcher.cancel(set(now.groups))
+            dispatcher.cancel(set(now.groups))
             for outcomes in now.finished.values():
+                self._totals.surplus += len(outcomes)
                 for outcome in outcomes:
                     self._forget(outcome.episode.number)
         errors = dispatcher.errors[errors_before:]

@@ -26,6 +26,9 @@ _BENCHMARKS = {
 }
 """Module and function of each; only the one that is asked for is imported: ``policy`` needs neither Ray nor LIBERO."""
 
+CONFIGS = {"async": "faults.yaml", "faults": "faults.yaml", "objectives": "objectives.yaml", "soak": "faults.yaml"}
+"""Configuration of those that have one of their own, unless another is given."""
+
 
 def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     """Run one benchmark and print its figures.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from pydantic import ValidationError
 from scipy.stats import t as student_t
 
 from actors.dispatcher import Dispatcher, Episode
@@ -28,34 +29,37 @@ from learner.loop import plan_steps
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, training_starts
-from ript_ray.config import Config, ObjectiveConfig, TrainConfig, resolve
+from ript_ray.config import Config, resolve
 from ript_ray.data.shards import make_shard, trained_starts
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, wilson_interval
-from ript_ray.policies.checkpoints import load_policy, to_publish
+from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
 CONTROL = "imitation of successes"
 """What the others are compared with: failures teach nothing to the condition by which it acts."""
+_ON_POLICY = {"restart": False, "max_staleness": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     CONTROL: {"objective": {"name": "advantage_weighted", "negatives": "relu"}},
     "imitation": {"objective": {"name": "imitation"}},
     "cfg": {"objective": {"name": "cfg"}, "scales": (1.0, 2.0)},
     "label_dropout": {"objective": {"name": "label_dropout"}, "scales": (1.0, 2.0)},
     "advantage_weighted, hinge": {"objective": {"name": "advantage_weighted", "negatives": "hinge"}},
-    "nft": {"objective": {"name": "nft", "beta": 0.3}},
-    "fpo": {"objective": {"name": "fpo"}, "train": {"lr": 1e-4}},
-    "flow_sde": {"objective": {"name": "flow_sde"}, "train": {"lr": 2e-5}},
+    "nft": {"objective": {"name": "nft", "beta": 0.3}, "train": _ON_POLICY},
+    "fpo": {"objective": {"name": "fpo"}, "train": {"lr": 1e-4, **_ON_POLICY}},
+    "flow_sde": {"objective": {"name": "flow_sde"}, "train": {"lr": 2e-5, **_ON_POLICY}},
 }
 """What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
 is evaluated, 1 by default. `cfg` at scale 1 acts by the condition that successes alone have taught; at scale 2 the
-failures have a say. The last two compare with how likely samples were, which only small steps keep meaningful."""
+failures have a say. The last three learn from what the policy before the update made; the last two compare with how
+likely that was, which only small steps keep meaningful."""
 
 
 @dataclass(slots=True)
 class _Group:
+    round: int
     trajectories: list[Trajectory]
     rewards: np.ndarray
 
@@ -116,16 +120,17 @@ def measure(config: Config) -> dict[str, Any]:
         config: ``bench.*`` says how much is compared; the rest is the job.
 
     Raises:
-        UserError: for an unknown name in ``bench.objectives``.
+        UserError: for an unknown name in ``bench.objectives``, or settings with which one of them cannot be trained.
     """
     names = config.bench.objectives or tuple(VARIANTS)
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"bench.objectives: unknown name {name!r}; {nearest(name, VARIANTS)}")
+    configs = {name: _config_of(config, name) for name in names}
     folder = Path(config.run.dir or "runs/objectives")
     folder.mkdir(parents=True, exist_ok=True)
     start = load_policy(resolve(config.policy.checkpoint))
-    result = _begun(folder / "objectives.json", config)
+    result = _begun(folder / "objectives.json", config, weights_sha256(cpu_weights(start)))
     done = {(run["objective"], run["seed"]) for run in result["runs"]}
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store = spawn(WeightStore, name="WeightStore")
@@ -143,10 +148,10 @@ def measure(config: Config) -> dict[str, Any]:
             players.adopt(start)
             sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
             began = time.perf_counter()
-            first = _collect(players, sampler)
+            first = _collect(players, sampler, 0)
             first_seconds = time.perf_counter() - began
             for name in missing:
-                runs = _learn(config, players, start, (name, seed, result["base"]), (first, first_seconds))
+                runs = _learn(configs[name], players, start, (name, seed, result["base"]), (first, first_seconds))
                 result["runs"] += [asdict(run) for run in runs]
                 result["table"] = _table(result["runs"], len(contexts))
                 write_json(folder / "objectives.json", result)
@@ -154,9 +159,10 @@ def measure(config: Config) -> dict[str, Any]:
     return result
 
 
-def _begun(file: Path, config: Config) -> dict[str, Any]:
-    """The result so far of the same comparison, or an empty one."""
+def _begun(file: Path, config: Config, start_sha256: str) -> dict[str, Any]:
+    """The result so far of the same comparison, from the same start, or an empty one."""
     settings = config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
+    settings |= {"rounds": config.bench.rounds, "start_sha256": start_sha256}
     settings["variants"] = {name: changes | {"scales": list(_scales(name))} for name, changes in VARIANTS.items()}
     if file.exists():
         result: dict[str, Any] = json.loads(file.read_text())
@@ -172,7 +178,7 @@ def _learn(
     """All rounds of one objective: collect (the first time: take what is shared), update from the start, evaluate.
 
     Args:
-        config: of the comparison.
+        config: of the comparison, with what is the objective's own.
         players: play.
         start: the starting policy.
         which: name of the variant, seed, and successes of the starting policy.
@@ -182,20 +188,20 @@ def _learn(
         One run for each scale of guidance.
     """
     name, seed, base = which
-    train, objective = _settings(config, name)
     runs = {scale: _Run(_label(name, scale), seed, successes=[base]) for scale in _scales(name)}
     sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
     contexts = evaluation_contexts(config)["held_out"]
     groups: list[_Group] = []
+    acting = start
     for index in range(config.bench.rounds):
         began = time.perf_counter()
         # The first round is drawn again as well, so that the sampler goes on from there.
-        new = _collect(players, sampler, shared[0] if index == 0 else None)
+        new = _collect(players, sampler, index, shared[0] if index == 0 else None)
         seconds = shared[1] if index == 0 else time.perf_counter() - began
-        groups += new
-        policy = copy.deepcopy(start)
+        groups = [group for group in groups if index - group.round <= config.train.max_staleness] + new
+        policy = copy.deepcopy(start if config.train.restart else acting)
         began = time.perf_counter()
-        acting = _update(policy, groups, train, objective, config, seed * 1009 + index)
+        acting = _update(policy, groups, config, seed * 1009 + index)
         took = time.perf_counter() - began
         players.adopt(acting)
         for scale, run in runs.items():
@@ -216,8 +222,8 @@ def _label(name: str, scale: float) -> str:
     return name if scale == 1.0 else f"{name}, w = {scale:g}"
 
 
-def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | None = None) -> list[_Group]:
-    """The rollouts of one round, or those that were made of the same contexts before."""
+def _collect(players: _Players, sampler: ContextSampler, index: int, made: list[_Group] | None = None) -> list[_Group]:
+    """The rollouts of round ``index``, or those that were made of the same contexts before."""
     config = players.config
     drawn = [sampler.next_group() for _ in range(config.sampling.groups)]
     if made is None:
@@ -225,21 +231,15 @@ def _collect(players: _Players, sampler: ContextSampler, made: list[_Group] | No
         played = players.play(contexts, config.policy.guidance, exploring=True)
         size = config.sampling.group_size
         parts = [played[i : i + size] for i in range(0, len(played), size)]
-        made = [_Group(part, np.array([t.reward for t in part])) for part in parts]
+        made = [_Group(index, part, np.array([t.reward for t in part])) for part in parts]
     for group, result in zip(drawn, made, strict=True):
         sampler.record(group, result.rewards)
     return made
 
 
-def _update(
-    policy: Policy,
-    groups: list[_Group],
-    train: TrainConfig,
-    objective: ObjectiveConfig,
-    config: Config,
-    seed: int,
-) -> Policy:
-    """One update on all groups so far, as the pool and the learner do it; the policy to act with."""
+def _update(policy: Policy, groups: list[_Group], config: Config, seed: int) -> Policy:
+    """One update on these groups, as the pool and the learner do it; the policy to act with."""
+    train, objective = config.train, config.objective
     kept = [group for group in groups if is_kept(group.rewards, objective)]
     pool = dict(enumerate(t for group in kept for t in group.trajectories))
     if not pool:
@@ -250,7 +250,7 @@ def _update(
     played = [EpisodeReport.of(trajectory) for group in groups for trajectory in group.trajectories]
     every = sum(len(trained_starts(report, data)) for report in played)
     train = train.model_copy(update={"min_steps": max(1, train.epochs * every // train.batch_size)})
-    chosen = {"data": data, "train": train, "objective": objective, "run": config.run.model_copy(update={"seed": seed})}
+    chosen = {"data": data, "train": train, "run": config.run.model_copy(update={"seed": seed})}
     reports = {i: EpisodeReport.of(trajectory) for i, trajectory in pool.items()}
     advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
     shard, _ = make_shard(0, reports, advantages, pool, config.model_copy(update=chosen))
@@ -258,12 +258,20 @@ def _update(
     return update(policy, steps, train, objective, torch.Generator().manual_seed(seed))[0]
 
 
-def _settings(config: Config, variant: str) -> tuple[TrainConfig, ObjectiveConfig]:
-    changes = VARIANTS[variant]
-    return (
-        config.train.model_copy(update=changes.get("train", {})),
-        config.objective.model_copy(update=changes["objective"]),
-    )
+def _config_of(config: Config, variant: str) -> Config:
+    """The configuration with what is the variant's own.
+
+    Raises:
+        UserError: when that is none with which a job could train.
+    """
+    settings = config.model_dump()
+    settings["train"] |= VARIANTS[variant].get("train", {}) | {"updates": config.bench.rounds}
+    settings["objective"] |= VARIANTS[variant]["objective"]
+    settings["policy"]["guidance"] = settings["eval"]["guidance"] = 1.0  # the scales of the table are another matter
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"bench.objectives, {variant!r}: {error.errors()[0]['msg']}") from None
 
 
 def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:

@@ -39,11 +39,7 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     excludes = _left_here(config.policy.checkpoint)
     if config.scaling.actors == 0:
         raise UserError("scaling.actors=0 measures one machine alone; on a cluster give the number of actors")
-    if config.run.dir is None or not Path(config.run.dir).is_absolute():
-        raise UserError(
-            f"run.dir={config.run.dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
-            "cluster's head, for example run.dir=/var/runs/first"
-        )
+    check_run_dir(config.run.dir)
     if config.run.storage and "://" not in config.run.storage and not Path(config.run.storage).is_absolute():
         raise UserError(
             f"run.storage={config.run.storage!r}: a job's own folder is deleted when it ends; expected a URL or an "
@@ -88,6 +84,15 @@ def submit(config: Config, config_file: Path, settings: list[str]) -> dict[str, 
     print(f"sent to {len(nodes)} nodes at {address} as {job}")
     print(f"  follow: ray job logs --follow {job}    stop: ray job stop {job}    go on: the same command again")
     return {"job": job, "command": shlex.join(words), "nodes": len(nodes)}
+
+
+def check_run_dir(run_dir: str | None) -> None:
+    """Raise `UserError` when a job's run would not outlive it."""
+    if run_dir is None or not Path(run_dir).is_absolute():
+        raise UserError(
+            f"run.dir={run_dir!r}: a job's own folder is deleted when it ends; expected an absolute path on the "
+            "cluster's head, for example run.dir=/var/runs/first"
+        )
 
 
 def _inside(file: Path) -> str:

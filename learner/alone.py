@@ -105,13 +105,22 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         if steps:  # else what acts goes on acting
             if config.train.restart:
                 learning.load_state_dict(start)
-            acting, diagnostics = update(learning, steps, config.train, config.objective, generator, anchor=anchor)
+            acting, diagnostics = update(
+                learning,
+                steps,
+                config.train,
+                config.objective,
+                generator,
+                anchor=anchor,
+                averaging=config.train.averages(step),
+            )
         save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
         if config.run.keep_checkpoints is not None:
             prune_checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints)
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
+        row |= {"rollout/skipped_states": float(sampler.skipped)}
         row |= {"rollout/seconds": learning_began - rollouts_began, "learner/steps": float(len(steps))}
         row |= {"learner/busy_s": time.perf_counter() - learning_began}
         seconds["learner_busy"] += row["learner/busy_s"]
@@ -170,10 +179,9 @@ class Player:
     def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:
         """Groups with their rollouts, until enough of them are among ``accepted`` or the budget is spent."""
         sampling, acting = self._config.sampling, self._config.policy
-        wanted = math.ceil(sampling.enough * sampling.groups)
         began, opened = time.perf_counter(), 0
         waiting: deque[Group] = deque()
-        while len(accepted) < wanted:
+        while len(accepted) < sampling.quota:
             # As many as are still wanted are drawn ahead: a draw depends on what was judged before it.
             while opened < sampling.max_groups and len(waiting) < max(1, sampling.groups - len(accepted)):
                 waiting.append(sampler.next_group())

@@ -202,7 +202,17 @@ def _learn(
             worker.coordinator.learning.remote(number, index, len(steps))
 
     try:
-        return update(policy, steps, config.train, config.objective, generator, on_step, worker.anchor, worker.mesh)
+        return update(
+            policy,
+            steps,
+            config.train,
+            config.objective,
+            generator,
+            on_step,
+            worker.anchor,
+            worker.mesh,
+            averaging=config.train.averages(number),
+        )
     except NonFinite as error:
         file = worker.home.run_dir / "faults" / f"update-{number + 1}-rank-{worker.rank}.safetensors"
         with worker.home.writing(file) as place:
@@ -218,7 +228,7 @@ def update_generator(seed: int, step: int, rank: int) -> torch.Generator:
 def save_batch(file: Path, batches: Sequence[Batch]) -> None:
     """Write the tensors of micro-batches to a safetensors file, by name and number."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    names = ("frames", "states", "actions", "valid", "advantages", "weights")
+    names = ("frames", "states", "actions", "valid", "advantages", "weights", "versions")
     tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in names}
     instructions = json.dumps([batch.instructions for batch in batches])
     save_file(tensors, file, metadata={"instructions": instructions})

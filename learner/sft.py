@@ -42,12 +42,14 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if start is not None:
         demo = demos[0]
         start.transform.check_sizes(f"data.demos={config.data.demos!r}", demo.states.shape[1], demo.actions.shape[1])
-        if demo.frames.shape[-2] < start.transform.smallest_frame_size:
-            raise UserError(
-                f"data.demos={config.data.demos!r}: sft.init={config.sft.init!r} looks at frames of "
-                f"{start.transform.smallest_frame_size} pixels and would see these of {demo.frames.shape[-2]} blurred; "
-                "make larger ones (env.image_size of 'demos')"
-            )
+        start.transform.check_frame_size(
+            f"data.demos={config.data.demos!r}: sft.init={config.sft.init!r}", demo.frames.shape[-2]
+        )
+    elif config.train.anchor > 0:
+        raise UserError(
+            f"train.anchor={config.train.anchor:g} without sft.init: it would hold a new policy at its random weights; "
+            "set train.anchor=0, or sft.init"
+        )
     policy = start or new_policy(config.sft.policy, demos, windows, config.sft.relative)
     if config.scaling.learner_gpus > 0:
         if not torch.cuda.is_available():

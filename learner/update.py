@@ -77,6 +77,7 @@ def update(
     on_step: Callable[[int, float], None] | None = None,
     anchor: Policy | None = None,
     mesh: DeviceMesh | None = None,
+    averaging: bool = True,
 ) -> tuple[Policy, dict[str, float]]:
     """Train ``policy`` in place on all ``steps``: AdamW, warm-up and cosine, accumulation, clipping.
 
@@ -89,6 +90,7 @@ def update(
         on_step: called after each step with its index and loss.
         anchor: the starting policy, for ``train.anchor``; the policy before this update by default.
         mesh: of the learners that divide what they train among them (``train.shard``); each trains all by default.
+        averaging: act with the moving average, if ``train.ema`` wants one.
 
     Returns:
         The policy to act with (``policy`` itself, or its moving average as ``train.ema`` says), and diagnostics:
@@ -115,7 +117,6 @@ def update(
     on_gpu = parameters[0].device.type == "cuda"
     optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=on_gpu or None)
     terms = _Terms(trained, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
-    averaging = train.ema > 0 and train.act_with_ema
     average: list[torch.Tensor] = []
     losses: list[float] = []
     norms: list[float] = []
@@ -137,7 +138,7 @@ def update(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)
         optimiser.step()
-        if averaging:
+        if averaging and train.ema > 0:
             average = _averaged(average, parameters, train.ema)
         losses.append(loss.item())
         norms.append(norm.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +135,11 @@ class SamplingConfig(_Section):
     remeasure_after: int = Field(default=3, ge=1)
     """Measure a skipped initial state again once it has been passed over so many times."""
 
+    @property
+    def quota(self) -> int:
+        """Accepted groups after which an update no longer waits."""
+        return math.ceil(round(self.enough * self.groups, 6))  # 0.28 · 25 is a little more than 7 in floating point
+
 
 class DataConfig(_Section):
     """Demonstrations, and how trajectories become windows."""
@@ -251,7 +257,8 @@ class TrainConfig(_Section):
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay of the moving average of the weights, per optimiser step; 0 for none."""
     act_with_ema: bool = True
-    """With ``ema``: publish the averaged weights, for rollouts and evaluation, instead of the last ones."""
+    """With ``ema``: rollouts act with the averaged weights; else with the last ones, and only the last update gives
+    the average, which is evaluated and kept."""
     freeze: tuple[str, ...] = ()
     """Parts of the policy that are not trained, for example [vision, projector, language, words] of π0: all
     but what acts."""
@@ -278,6 +285,10 @@ class TrainConfig(_Section):
     image_shift: int = Field(default=3, ge=0)
     """Augmentation: random shifts of frames, in pixels; none where recorded probabilities of the frames as they
     were are compared with (``flow_sde``)."""
+
+    def averages(self, step: int) -> bool:
+        """Does update ``step``, from 0, give the moving average of its weights?"""
+        return self.ema > 0 and (self.act_with_ema or step + 1 == self.updates)
 
 
 class ScalingConfig(_Section):
@@ -483,6 +494,16 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_goal(self) -> Config:
+        goal, target = self.train.stop_at, self.sampling.target_success
+        if goal is not None and target is not None and target <= goal:
+            raise ValueError(
+                f"train.stop_at={goal:g} with sampling.target_success={target:g}: initial states are chosen so that "
+                "about so many rollouts succeed, so the goal would not be reached; set one of them alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_processes(self) -> Config:
         if self.train.mode == "async" and self.train.lead > self.train.max_staleness:
             raise ValueError(
@@ -561,6 +582,18 @@ class Config(_Section):
             raise ValueError(
                 f"objective.negatives=hinge with objective.name={objective.name}: only advantage_weighted bounds the "
                 "loss of single samples; choose another of objective.negatives"
+            )
+        soft = ("exp", "softplus", "clamp", "abs")
+        if objective.name == "advantage_weighted" and objective.fastest < 1.0 and objective.negatives in soft:
+            raise ValueError(
+                f"objective.fastest={objective.fastest:g} with objective.negatives={objective.negatives}: a slow "
+                "success would have no weight, and a failure some; set objective.fastest=1, or "
+                "objective.negatives=relu or hinge"
+            )
+        if compares and objective.negatives == "abs":
+            raise ValueError(
+                f"objective.negatives=abs with objective.name={objective.name}: it would make failures likelier, as "
+                "much as successes; set objective.negatives=keep"
             )
         if objective.name in ("cfg", "label_dropout", "imitation"):
             for key in ("normalise", "clip", "negatives"):

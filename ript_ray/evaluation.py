@@ -87,42 +87,46 @@ def paired_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
 
 
 def successive_halving(
-    scales: Sequence[float], play: Callable[[float, range], Sequence[bool]], first: int
+    scales: Sequence[float], play: Callable[[float, range], Sequence[bool | None]], first: int
 ) -> dict[str, Any]:
     """Choose a guidance scale: all play ``first`` episodes, the better half plays on to twice as many, and so on.
 
-    What wins must also be told apart from w = 1: their 95 % intervals must not overlap, else 1 is chosen.
+    w = 1 plays every round, and what wins must also be told apart from it: McNemar's test in the same contexts, at 5 %
+    shared out among all that might have won (Bonferroni), else 1 is chosen.
 
     Args:
         scales: w, with 1 among them.
-        play: successes of a scale in the contexts of these indices, the same contexts for all scales.
+        play: successes of a scale in the contexts of these indices, the same contexts for all scales; None where the
+            environment failed.
         first: episodes of each in the first round.
 
     Returns:
-        ``chosen``, ``best`` (by rate alone), ``settings_tried``, and a ``table`` with the summary of each scale.
+        ``chosen``, ``best`` (by rate alone), ``paired_p`` of the best against 1, ``settings_tried``, and a ``table``
+        with the summary of each scale.
     """
-    results: dict[float, list[bool]] = {scale: [] for scale in scales}
+    results: dict[float, list[bool | None]] = {scale: [] for scale in scales}
 
-    def rate(scale: float) -> float:
-        return sum(results[scale]) / len(results[scale])
+    def summary(scale: float) -> dict[str, Any]:
+        return success_summary([result for result in results[scale] if result is not None])
 
     alive, count = list(scales), first
     while True:
-        for scale in alive:
+        for scale in {*alive, 1.0}:
             results[scale] += play(scale, range(len(results[scale]), count))
         # Of equals the one nearest to 1, since extrapolation is not free of harm.
-        alive = sorted(alive, key=lambda scale: (-rate(scale), abs(scale - 1)))[: -(-len(alive) // 2)]
+        ranked = sorted(alive, key=lambda scale: (-(summary(scale)["rate"] or 0.0), abs(scale - 1)))
+        alive = ranked[: -(-len(alive) // 2)]
         if len(alive) == 1:
             break
         count *= 2
-    rates = {scale: success_summary(results[scale]) for scale in scales}
     best = alive[0]
-    told_apart = rates[best]["ci95"][0] > rates[1.0]["ci95"][1]
+    p_value = before_and_after(results[1.0], results[best])["paired_p"]
     return {
-        "chosen": best if told_apart else 1.0,
+        "chosen": best if p_value < 0.05 / max(1, len(scales) - 1) else 1.0,
         "best": best,
+        "paired_p": p_value,
         "settings_tried": len(scales),
-        "table": [{"scale": scale} | summary for scale, summary in rates.items()],
+        "table": [{"scale": scale} | summary(scale) for scale in scales],
     }
 
 

@@ -57,6 +57,7 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
             valid=torch.ones(rows, 50, dtype=torch.bool),
             advantages=torch.ones(rows),
             weights=torch.ones(rows),
+            versions=torch.zeros(rows, dtype=torch.int64),
             instructions=["pick up the black bowl between the plate and the ramekin"] * rows,
         )
         kept = _kept_for_the_backward_pass(policy.to_empty(device="cpu").train(), batch, config, objective)

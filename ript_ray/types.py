@@ -182,6 +182,8 @@ class Batch:
     """Leave-one-out, within the group or the task, float32[B]; 0 for what is neither good nor bad."""
     weights: torch.Tensor
     """Advantages as processed for the objective: float32[B]."""
+    versions: torch.Tensor
+    """Of the weights that played each: int64[B]."""
     instructions: list[str]
     chain: ChainStep | None = None
     """The stochastic steps by which the chunks were sampled, where every window has one."""

@@ -66,8 +66,10 @@ def test_against_its_task_a_rollout_is_compared_with_all_others_of_it(rollouts: 
     found = against_task(np.array(successes), tasks)
     for i, (success, task) in enumerate(rollouts):
         others = [other for j, (other, name) in enumerate(rollouts) if name == task and j != i]
-        expected = int(success) - Fraction(sum(others), len(others)) if others else 0
+        with_one_that_half_succeeded = [*others, Fraction(1, 2)]
+        expected = success - sum(with_one_that_half_succeeded) / Fraction(len(with_one_that_half_succeeded))
         assert found[i] == pytest.approx(float(expected))
+        assert (found[i] > 0) == success  # also where all agree
 
 
 def test_against_its_group_a_uniform_group_is_not_kept_against_its_task_it_is() -> None:
@@ -160,6 +162,11 @@ def test_what_is_not_finite_or_far_out_is_caught_and_counted() -> None:
     result, counts = process(a, ObjectiveConfig(clip="symmetric", clip_high=1.0))
     assert result.tolist() == [0.5, -0.5, 0.4, -0.4, 0.3, 0.0, 0.0, 0.0, 1.0]
     assert (counts.not_finite, counts.outliers, counts.clipped) == (3, 1, 1)
+    for negatives in NEGATIVES:
+        assert processed(a, negatives=negatives)[5:8].tolist() == [0.0, 0.0, 0.0]
+    # More than half are equal, as with binary rewards: the median absolute deviation is 0.
+    assert process(np.array([0.2] * 90 + [-0.8] * 9 + [40.0]), ObjectiveConfig())[1].outliers == 1
+    assert process(np.array([0.2] * 80 + [-0.8] * 20), ObjectiveConfig())[1].outliers == 0
     for normalise in NORMALISATIONS:  # advantages that are all equal have no scale
         assert np.isfinite(processed(np.full(4, 0.25), normalise=normalise)).all()
         assert processed(np.array([]), normalise=normalise).shape == (0,)
@@ -287,6 +294,25 @@ def test_successive_halving_spends_its_episodes_on_the_better_half() -> None:
 def test_a_scale_that_is_not_told_apart_from_one_is_not_chosen() -> None:
     result = successive_halving([1.0, 2.0], lambda scale, episodes: [i % 2 == 0 or scale == 2.0 for i in episodes], 4)
     assert (result["best"], result["chosen"]) == (2.0, 1.0)
+
+
+def test_scale_one_plays_every_round_and_what_failed_is_left_out_of_the_comparison() -> None:
+    rates = {1.0: 0.4, 1.5: 0.6, 2.0: 0.95, 3.0: 0.6}
+
+    def play(scale: float, episodes: range) -> list[bool | None]:
+        return [None if i % 10 == 0 else (i * 7 % 100) / 100 < rates[scale] for i in episodes]
+
+    result = successive_halving(list(rates), play, first=50)
+    assert [row["episodes"] for row in result["table"]] == [90, 90, 90, 45]
+    assert (result["chosen"], result["best"]) == (2.0, 2.0)
+    both = [(play(1.0, range(i, i + 1))[0], play(2.0, range(i, i + 1))[0]) for i in range(100)]
+    known = [(one, two) for one, two in both if one is not None and two is not None]
+    assert result["paired_p"] == paired_p_value([bool(one) for one, _ in known], [bool(two) for _, two in known])
+
+
+@pytest.mark.parametrize(("enough", "groups", "quota"), [(0.28, 25, 7), (0.56, 25, 14), (0.5, 7, 4), (1.0, 8, 8)])
+def test_the_share_that_is_enough_is_rounded_up_once(enough: float, groups: int, quota: int) -> None:
+    assert SamplingConfig(enough=enough, groups=groups).quota == quota
 
 
 def test_before_and_after_leaves_out_what_failed() -> None:

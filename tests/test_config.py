@@ -72,6 +72,12 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
         (["objective.name=nft", *_COMPARING, "policy.guidance=2"], "set policy.guidance=1"),
         (["objective.name=fpo", *_COMPARING, "eval.guidance=2"], "set eval.guidance=1"),
         (["objective.alpha=0", "eval.guidance=2"], "set eval.guidance=1"),
+        (["objective.name=nft", *_COMPARING, "objective.negatives=abs"], "set objective.negatives=keep"),
+        (
+            ["objective.name=advantage_weighted", "objective.negatives=exp", "objective.fastest=0.7"],
+            "a slow success would have no weight",
+        ),
+        (["train.stop_at=0.9", "sampling.target_success=0.5"], "the goal would not be reached"),
     ],
 )
 def test_an_objective_is_refused_where_it_would_not_do_what_it_says(overrides: list[str], expected: str) -> None:

@@ -73,6 +73,7 @@ def make_draw(**changes: Any) -> tuple[Table, Table, Draw, dict[str, np.ndarray]
         valid=torch.tensor([[1, 1, 1, 1]] * 3 + [[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool),
         advantages=advantages,
         weights=changes.get("weights", advantages),
+        versions=torch.zeros(ROWS, dtype=torch.int64),
         instructions=[""] * ROWS,
         chain=make_chain(g),
     )
@@ -274,6 +275,7 @@ def bandit_batch(actions: torch.Tensor, advantages: np.ndarray, weights: np.ndar
         valid=torch.ones(rows, 1, dtype=torch.bool),
         advantages=torch.from_numpy(advantages).float(),
         weights=torch.from_numpy(weights).float(),
+        versions=torch.zeros(rows, dtype=torch.int64),
         instructions=[""] * rows,
         chain=chain,
     )

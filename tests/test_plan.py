@@ -31,6 +31,7 @@ def a_batch(rows: int, size: int) -> Batch:
         valid=torch.ones(rows, 50, dtype=torch.bool),
         advantages=torch.ones(rows),
         weights=torch.ones(rows),
+        versions=torch.zeros(rows, dtype=torch.int64),
         instructions=["pick up the bowl"] * rows,
     )
 

@@ -276,12 +276,25 @@ def test_nan_never_reaches_the_weights() -> None:
     assert weights_sha256(cpu_weights(policy)) == before
 
 
-def test_the_moving_average_is_one_and_is_published_or_not() -> None:
-    def trained(**changes: object) -> tuple[FlowPolicy, FlowPolicy]:
+def test_bfloat16_changes_the_update_by_its_rounding_alone() -> None:
+    def change(precision: str) -> torch.Tensor:
         policy, batch = make_policy(), make_batch(6)
-        steps = [Step([lambda: batch], 6)] * 5
+        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+        settings = config(precision=precision, warmup=1.0)
+        update(policy, [Step([lambda: batch], 6)] * 3, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before
+
+    exact, rounded = change("float32"), change("bfloat16")
+    assert not torch.equal(exact, rounded)
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98
+
+
+def test_the_moving_average_is_one_and_is_published_or_not() -> None:
+    def trained(averaging: bool = True, **changes: object) -> tuple[FlowPolicy, FlowPolicy]:
+        policy, batch = make_policy(), make_batch(6)
+        steps, generator = [Step([lambda: batch], 6)] * 5, torch.Generator().manual_seed(0)
         settings = config(warmup=1.0, **changes)
-        return policy, update(policy, steps, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))[0]
+        return policy, update(policy, steps, settings, ObjectiveConfig(), generator, averaging=averaging)[0]
 
     # The weights after each of the steps, from runs that stop there would need other schedules: take them as they go.
     seen: list[dict[str, torch.Tensor]] = []
@@ -300,8 +313,12 @@ def test_the_moving_average_is_one_and_is_published_or_not() -> None:
     last, averaged = trained(ema=0.8)
     torch.testing.assert_close(averaged.time.weight, expected)
     assert weights_sha256(cpu_weights(last)) == weights_sha256(seen[-1])
-    last, acting = trained(ema=0.8, act_with_ema=False)
+    last, acting = trained(ema=0.8, averaging=False)
     assert acting is last
+    settings = TrainConfig(ema=0.8, updates=3)
+    assert [settings.averages(step) for step in range(3)] == [True, True, True]
+    settings = TrainConfig(ema=0.8, updates=3, act_with_ema=False)
+    assert [settings.averages(step) for step in range(3)] == [False, False, True]
 
 
 def test_an_anchor_holds_the_policy_back_and_its_penalty_is_the_change_of_the_velocity() -> None:

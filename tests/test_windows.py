@@ -52,7 +52,7 @@ def test_only_windows_that_were_seen_are_free() -> None:
     assert seen_starts(80, looks, tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
-@pytest.mark.parametrize("rule", [{"normalise": "min_max"}, {"normalise": "standard"}, {"negatives": "exp"}])
+@pytest.mark.parametrize("rule", [{"normalise": "min_max"}, {"normalise": "standard"}, {"negatives": "hinge"}])
 def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict[str, str]) -> None:
     objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "fastest": 0.5} | rule
     config = Config.model_validate({"objective": objective})
@@ -61,6 +61,15 @@ def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict
     shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
     assert shard.weights[1] == shard.advantages[1] == 0.0
     assert shard.weights[0] > shard.weights[2]
+
+
+@pytest.mark.parametrize(("name", "baseline"), [("cfg", "task"), ("cfg", "group"), ("imitation", "task")])
+def test_failures_alone_make_no_update(name: str, baseline: str) -> None:
+    config = Config.model_validate({"objective": {"name": name, "baseline": baseline}, "data": {"tail": "pad"}})
+    members = [make_trajectory(length, False) for length in (60, 70, 80)]
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
+    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    assert (len(shard.order) > 0) == (name == "imitation")
 
 
 def test_demonstrations_make_up_their_share_of_every_batch() -> None:

@@ -42,21 +42,24 @@ def is_kept(rewards: np.ndarray, config: ObjectiveConfig) -> bool:
 def against_task(successes: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
     """Advantages against all other rollouts of the same task, instead of those of the same group.
 
-    A group that succeeds as a whole is then good, and one that fails as a whole is bad, as with a value function that
-    knows only the task (RECAP, arXiv 2511.14759, has one that sees the state).
+    A_i = r_i − (½ + Σ_{j≠i} r_j) / n of the task's n rollouts: leave-one-out with one more rollout, which half
+    succeeded. So a success is good and a failure bad even where all of the task's agree, and a group that succeeds or
+    fails as a whole counts, as with a value function that knows only the task (RECAP, arXiv 2511.14759, has one that
+    sees the state).
 
     Args:
         successes: of all trajectories of an update, bool[N].
         tasks: of each.
 
     Returns:
-        float64[N]; 0 for the only rollout of a task.
+        float64[N].
     """
-    advantages = np.zeros(len(successes))
+    rewards = np.asarray(successes, dtype=np.float64)
+    advantages = np.zeros(len(rewards))
     for task in set(tasks):
         own = np.asarray(tasks) == task
-        if own.sum() > 1:
-            advantages[own] = leave_one_out(successes[own])
+        others = rewards[own].sum() - rewards[own]
+        advantages[own] = rewards[own] - (0.5 + others) / own.sum()
     return advantages
 
 
@@ -92,9 +95,10 @@ class AdvantageCounts:
     """What `process` met."""
 
     not_finite: int
-    """NaN or infinite advantages; they became 0."""
+    """NaN or infinite advantages; they have no weight."""
     outliers: int
-    """Advantages further from the median than ten of its robust deviations; they were left to ``clip``."""
+    """Advantages further from the median than ten deviations, which are estimated from the median absolute deviation,
+    or the mean one where that is 0 (Iglewicz and Hoaglin 1993); they were left to ``clip``."""
     clipped: int
     """Advantages that ``clip`` moved."""
 
@@ -115,14 +119,21 @@ def process(advantages: np.ndarray, config: ObjectiveConfig) -> tuple[np.ndarray
     """
     values = np.asarray(advantages, dtype=np.float64)
     finite = np.isfinite(values)
-    values = np.where(finite, values, 0.0)
-    centre = float(np.median(values)) if values.size else 0.0
-    deviation = 1.4826 * float(np.median(np.abs(values - centre))) if values.size else 0.0
-    outliers = int((np.abs(values - centre) > _OUTLIER * deviation).sum()) if deviation > 0 else 0
-    normalised = _normalise(values, config.normalise)
+    normalised = _normalise(values[finite], config.normalise)
     clipped = _clip(normalised, config)
-    counts = AdvantageCounts(int((~finite).sum()), outliers, int((clipped != normalised).sum()))
-    return _negatives(clipped, config), counts
+    weights = np.zeros(len(values))
+    weights[finite] = _negatives(clipped, config)
+    moved = int((clipped != normalised).sum())
+    return weights, AdvantageCounts(int((~finite).sum()), _outliers(values[finite]), moved)
+
+
+def _outliers(values: np.ndarray) -> int:
+    if not values.size:
+        return 0
+    distances = np.abs(values - np.median(values))
+    # Factors by which a normal distribution's deviation exceeds the two.
+    deviation = 1.4826 * float(np.median(distances)) or 1.2533 * float(distances.mean())
+    return int((distances > _OUTLIER * deviation).sum())
 
 
 def _normalise(values: np.ndarray, how: str) -> np.ndarray:

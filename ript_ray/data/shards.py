@@ -37,7 +37,7 @@ def make_shard(
         demos: to make up ``data.demo_share`` of each batch, by identifiers below 0.
 
     Returns:
-        The shard, and what was met in processing the advantages.
+        The shard, without steps when nothing in it is good; and what was met in processing the advantages.
 
     Raises:
         UserError: when demonstrations have more or fewer cameras than rollouts.
@@ -63,6 +63,9 @@ def make_shard(
     weights = np.zeros_like(raw)
     weights[~neither], counts = process(raw[~neither], config.objective)
     good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
+    if config.objective.name != "imitation" and not good.any():
+        windows = windows[:0]  # from failures alone nothing is learnt: the policy that acts goes on acting
+        good = good[:0]
     seed = [config.run.seed, step]
     shown = round(config.data.demo_share * train.batch_size) if demos else 0
     order = batches_with_good(

@@ -69,6 +69,7 @@ def gather(
         valid=valid,
         advantages=torch.tensor([advantages[w.trajectory] for w in windows], dtype=torch.float32),
         weights=torch.tensor([(weights or advantages)[w.trajectory] for w in windows], dtype=torch.float32),
+        versions=torch.tensor([trajectories[w.trajectory].policy_version for w in windows]),
         instructions=[trajectories[w.trajectory].instruction for w in windows],
         chain=_chain(windows, trajectories),
     )

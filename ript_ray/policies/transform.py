@@ -80,6 +80,19 @@ class Normalisation:
         """Frames of fewer pixels would be enlarged, and blurred."""
         return self.frame_size or 1
 
+    def check_frame_size(self, what: str, size: int) -> None:
+        """Are frames of ``size`` pixels, for the policy that ``what`` names, large enough?
+
+        Raises:
+            UserError: when it would see them blurred.
+        """
+        least = self.smallest_frame_size
+        if size < least:
+            raise UserError(
+                f"{what} looks at {least}×{least} pixels and would see frames of {size} blurred; make them larger: "
+                f"env.image_size={least} or more (LIBERO's is 256), for demonstrations as well"
+            )
+
     def check_sizes(self, what: str, states: int, actions: int) -> None:
         """Are the states and actions of ``what`` as many numbers as those of the statistics?
 

@@ -142,7 +142,7 @@ def train_until_it_fails(
     from ript_ray.types import EpisodeReport
 
     started = time.perf_counter()
-    policy = load_starting_policy(config)
+    policy = keep_starting_policy(config, run_dir / "start")
     shown = demonstrations_to_show(config, policy)
     update, newest, damaged = newest_policy(run_dir / "checkpoints")
     for reason in damaged:
@@ -163,21 +163,23 @@ def train_until_it_fails(
         listeners: list[Callable[[dict[str, Any]], Any]] = [
             tracker,
             Metrics(run_dir.name),
-            Gallery(coordinator, run_dir),
+            gallery := Gallery(coordinator, run_dir),
             LiveReport(run_dir),
             *storage,
         ]
         others = {"SamplePool": pool, "WeightStore": store}
-        with Monitor(coordinator, config.scaling, listeners, others, survived) as monitor:
+        with gallery, Monitor(coordinator, config.scaling, listeners, others, survived) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
-            interrupted = signal.getsignal(signal.SIGINT)
             try:
                 learners.fit()
-            finally:
-                signal.signal(signal.SIGINT, interrupted)  # Ray Train leaves its own, which swallows Ctrl-C
+            except Exception as error:
                 monitor.raise_if_collecting_failed()
+                if (reason := ray.get(coordinator.diagnosis.remote(), timeout=60)) is not None:
+                    raise UserError(reason) from error
+                raise
+            monitor.raise_if_collecting_failed()
             ray.get(collecting, timeout=config.scaling.wait_timeout_s)
             final = ray.get(coordinator.evaluate.remote("evaluating after", keep=1))
         version, sha256 = ray.get(store.newest_version.remote(), timeout=60)
@@ -324,11 +326,27 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def load_starting_policy(config: Config) -> Policy:
-    """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``."""
+def keep_starting_policy(config: Config, kept: Path) -> Policy:
+    """The policy that a run begins with, of which it keeps a copy: the checkpoint may be another when it goes on."""
+    from ript_ray.policies.checkpoints import save_policy
+
+    if kept.exists():
+        return load_starting_policy(config, kept)
+    policy = load_starting_policy(config)
+    save_policy(kept, policy)
+    return policy
+
+
+def load_starting_policy(config: Config, folder: Path | None = None) -> Policy:
+    """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``.
+
+    Args:
+        config: the whole configuration.
+        folder: where it is instead, if not there.
+    """
     from ript_ray.policies.checkpoints import load_policy
 
-    policy = load_policy(resolve(config.policy.checkpoint))
+    policy = load_policy(folder or resolve(config.policy.checkpoint))
     size = policy.transform.frame_size
     if size not in (None, config.env.image_size):
         raise UserError(

@@ -23,11 +23,10 @@ resumed (`actors.journal`) ends as if it had never stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -43,10 +42,10 @@ from actors.journal import Journal
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
-from ript_ray.data.lines import read_json_lines
+from ript_ray.data.lines import append_json_line, read_json_lines
 from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.errors import UserError
-from ript_ray.evaluation import evaluation_contexts
+from ript_ray.evaluation import evaluation_contexts, success_summary
 from ript_ray.types import Context, EpisodeReport
 
 log = logging.getLogger("ript_ray")
@@ -127,6 +126,9 @@ class Coordinator:
         self._logged = {_row_key(row) for row in self._rows}
         self._newest: dict[bool, tuple[int, Any]] = {}
         """By success, the step that the newest rollout is of, and its reference."""
+        self._diagnosis: str | None = None
+        self._by_version: defaultdict[int, list[bool]] = defaultdict(list)
+        """Results of the rollouts that were judged, by the weights that played them."""
         self._learner_starts = 0
         self._learnt_at = time.monotonic()
         self._lock = threading.Lock()
@@ -211,11 +213,11 @@ class Coordinator:
         with self._lock:
             if _row_key(row) in self._logged:
                 return
-            self._logged.add(_row_key(row))
-            self._rows.append({"time": time.time()} | row)
+            timed = {"time": time.time()} | row
             if self._metrics is not None:
-                with self._metrics.open("a") as file:
-                    file.write(json.dumps(self._rows[-1]) + "\n")
+                append_json_line(self._metrics, timed)
+            self._logged.add(_row_key(row))
+            self._rows.append(timed)
 
     def progress(self, seen: int) -> dict[str, Any]:
         """What happens now, and the rows of metrics after the first ``seen``."""
@@ -246,6 +248,7 @@ class Coordinator:
             "surplus": totals.surplus,
             "errors": totals.errors,
             "sessions": self._journal.sessions,
+            "best": self._best(),
             "skipped_states": self._sampler.skipped,
             "collections_ended_by": dict(totals.ended_by),
             "set_aside": [asdict(entry) for entry in self._sampler.aside],
@@ -266,6 +269,22 @@ class Coordinator:
                 self._totals.errors.append(fault)
                 self._journal.fault(fault)
 
+    def diagnose(self, reason: str) -> None:
+        """Note why the learner failed (it calls this) when it would do so again."""
+        with self._lock:
+            self._diagnosis = reason
+
+    def diagnosis(self) -> str | None:
+        """What the learner noted."""
+        with self._lock:
+            return self._diagnosis
+
+    def best_updates(self) -> list[int]:
+        """Updates whose weights rollouts have played with, the best first: by the lower bound of their success."""
+        with self._lock:
+            low = {version: success_summary(results)["ci95"][0] for version, results in self._by_version.items()}
+        return sorted((version for version in low if version > 0), key=lambda version: (-low[version], -version))
+
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
         stage = f"update {step + 1}: learning"
@@ -274,6 +293,11 @@ class Coordinator:
             self._finished[stage] = done / expected
             if not self._stage.endswith("rollouts"):
                 self._stage, self._done, self._expected = stage, done, expected
+
+    def _best(self) -> dict[str, Any] | None:
+        """The update whose weights did best in rollouts, and how well, as far as there were rollouts."""
+        best = self.best_updates()
+        return {"update": best[0]} | success_summary(self._by_version[best[0]]) if best else None
 
     def _next_dispatcher(self) -> Dispatcher:
         """For the next stage, with the actors that are there now."""
@@ -396,6 +420,9 @@ class Coordinator:
         rewards = np.array([float(member.report.success) for member in members if member.report is not None])
         versions = [member.report.policy_version for member in members if member.report is not None]
         now.judged(group.contexts[0].env_id, rewards.tolist(), versions)
+        with self._lock:
+            for version, reward in zip(versions, rewards, strict=True):
+                self._by_version[version].append(bool(reward))
         self._sampler.record(group, rewards)
         references = []
         try:

@@ -17,7 +17,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.experimental import get_local_object_locations
 
 from actors.home import Home
-from actors.journal import Journal, recorded_report
+from actors.journal import Journal, plain, recorded_report
 from ript_ray.config import ScalingConfig
 from ript_ray.data.storage import load_trajectory
 from ript_ray.errors import UserError
@@ -160,6 +160,7 @@ class Dispatcher:
         """
         if self._journal.replaying:
             return self._recall() if self._queue or self._dropped else None
+        self._start()  # what was only asked for while earlier sessions were lived through
         while not self._finished and self.outstanding:
             self._check_that_somebody_plays()
             self._wait()
@@ -202,12 +203,12 @@ class Dispatcher:
         """The next outcome of the journal, in the order in which they came; then the actors take over."""
         entry = self._journal.take("played", "given_up")
         asked = {episode.number: episode for episode in self._queue} | self._dropped
-        if entry is None or entry["number"] not in asked:
-            raise RuntimeError(
+        episode = asked.get(entry["number"]) if entry is not None else None
+        if entry is None or episode is None or entry.get("context", plain(episode.context)) != plain(episode.context):
+            raise UserError(
                 "the journal of the run does not fit its configuration, or another version of the program wrote it; "
                 "start anew, or go on from its newest checkpoint: train policy.checkpoint=RUN_DIR/checkpoints/NNNN"
             )
-        episode = asked[entry["number"]]
         if self._dropped.pop(episode.number, None) is None:
             self._queue.remove(episode)
         self._start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -81,8 +81,8 @@ class Home:
                         out.write(self._do(_read, folder / name, start))
             yield local
 
-    def prune(self, checkpoints: Path, keep: int | None) -> None:
-        """Leave only the newest of a run's checkpoints, or all of them.
+    def prune(self, checkpoints: Path, keep: int | None, best: Sequence[int] = ()) -> None:
+        """Leave only the newest of a run's checkpoints and the best, see `prune_checkpoints`, or all of them.
 
         Raises:
             GetTimeoutError: when it takes longer than ``timeout_s``.
@@ -90,9 +90,9 @@ class Home:
         if keep is None:
             return
         if self._is_shared():
-            prune_checkpoints(checkpoints, keep)
+            prune_checkpoints(checkpoints, keep, best)
         else:
-            self._do(_prune, checkpoints, keep)
+            self._do(_prune, checkpoints, keep, best)
 
     @property
     def _mark(self) -> Path:
@@ -123,8 +123,8 @@ def _settle(staged: Path, path: Path) -> None:
 
 
 @ray.remote(num_cpus=0)
-def _prune(checkpoints: Path, keep: int) -> None:
-    prune_checkpoints(checkpoints, keep)
+def _prune(checkpoints: Path, keep: int, best: Sequence[int]) -> None:
+    prune_checkpoints(checkpoints, keep, best)
 
 
 @ray.remote(num_cpus=0)

@@ -12,7 +12,7 @@ import fcntl
 import json
 import time
 from collections import deque
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,8 +90,9 @@ class Journal:
 
     def played(self, number: int, report: EpisodeReport) -> None:
         """Note that an episode was played."""
-        plain = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("context", "frame_steps")}
-        self._write("played", number=number, report=plain, steps=report.frame_steps.tolist())
+        rest = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("context", "frame_steps")}
+        where = plain(report.context)
+        self._write("played", number=number, context=where, report=rest, steps=report.frame_steps.tolist())
 
     def given_up(self, number: int, reason: str) -> None:
         """Note that an episode failed for good."""
@@ -117,6 +118,11 @@ class Journal:
         if self._file is not None:
             self._out.write(json.dumps({"kind": kind, "time": time.time()} | values) + "\n")
             self._out.flush()
+
+
+def plain(context: Context) -> list[str | int | None]:
+    """A context as the journal has it: what an outcome belongs to, should the configuration be another by then."""
+    return list(astuple(context))
 
 
 def recorded_report(entry: dict[str, Any], context: Context) -> EpisodeReport:

@@ -87,6 +87,11 @@ class RolloutActor:
                 guidance=guidance,
                 explore=Exploration.of(self._config.policy) if exploring else None,
             )
+        except OSError as error:
+            if isinstance(error, ray.exceptions.RayError):
+                raise
+            # Of the simulator, not of this process's disk or connections, for which the job would start again.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
         except RuntimeError as error:
             if not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) and "CUDA" not in str(error):
                 raise

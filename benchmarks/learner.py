@@ -42,6 +42,9 @@ class Recorder:
     def learners_started(self, step: int) -> None:
         self._starts.append(step)
 
+    def diagnosis(self) -> str | None:
+        return None
+
     def log(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
 

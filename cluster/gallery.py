@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import queue
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 
 from ript_ray.report import CAPTIONS, VIDEOS
 from ript_ray.reporting import write_json, write_video
+
+log = logging.getLogger("ript_ray")
 
 _KEPT = 8
 _TIMEOUT_S = 120.0
@@ -19,6 +24,9 @@ _FRAMES_PER_SECOND = 10.0
 
 class Gallery:
     """Films one failure and one success of each update, while the learner trains, and keeps the newest.
+
+    In a thread of its own: actors that are busy hold up nobody who looks after the run. To be used in a ``with`` block,
+    which films what is left when it ends, unless by an exception.
 
     Args:
         coordinator: handle of a `Coordinator`, which knows the newest rollouts, and who can film.
@@ -30,13 +38,35 @@ class Gallery:
         self._folder = run_dir / VIDEOS
         captions = self._folder / CAPTIONS
         self._captions: list[dict[str, Any]] = json.loads(captions.read_text())[::-1] if captions.exists() else []
+        self._updates: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="gallery", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stopped = kind is not None
+        self._updates.put(None)
+        if not self._stopped:
+            self._thread.join(timeout=_TIMEOUT_S)
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """Film after the rollouts of an update."""
-        if "rollout/episodes" not in row:
-            return
+        """Film after the rollouts of an update, when it is its turn."""
+        if "rollout/episodes" in row:
+            self._updates.put(row["update"])
+
+    def _loop(self) -> None:
+        while (update := self._updates.get()) is not None and not self._stopped:
+            try:
+                self._film(update)
+            except Exception:  # whatever it is, the run goes on
+                if not self._stopped:
+                    log.exception("update %d was not filmed", update)
+
+    def _film(self, update: int) -> None:
         self._folder.mkdir(exist_ok=True)
-        update = row["update"]
         newest = ray.get(self._coordinator.newest.remote(), timeout=_TIMEOUT_S)
         actors = ray.get(self._coordinator.present.remote(), timeout=_TIMEOUT_S)
         for success, (at, (reference,)) in newest.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +133,7 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
         os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
         plan.check([Node(os.cpu_count() or 1, torch.cuda.device_count(), {})])
     # Simulators and BLAS would each start a thread per core in every process.
+    stopping = signal.getsignal(signal.SIGTERM)
     env_vars = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     try:
         ray.init(
@@ -146,6 +149,8 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
             f"scaling.address={address!r}: no Ray cluster answers there ({first_line(error)}); start one: ray start "
             "--head"
         ) from error
+    if callable(stopping) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stopping)  # Ray has put its own in the place of the caller's
     try:
         if not local:
             _check_cluster(plan, patience_s)

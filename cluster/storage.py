@@ -114,13 +114,16 @@ class Storage:
             self._write(_JOURNAL, BytesIO(whole))
 
     def _prune(self, keep: int) -> None:
-        """Of the checkpoints that are there leave the newest ``keep`` whole ones, and what is newer than the last."""
+        """Of the checkpoints that are there leave the newest ``keep`` whole ones, what is newer than the last, and what
+        the run itself has kept.
+        """
         found = self._fs.get_file_info(FileSelector(str(self._root / "checkpoints"), True, True))
         files = [PurePosixPath(info.path) for info in found if info.type == FileType.File]
         whole = sorted({int(file.parent.name) for file in files if file.name == _LAST and file.parent.name.isdecimal()})
         for folder in {file.parent for file in files}:
             update = folder.name.rpartition("-")[2]
-            if len(whole) >= keep and update.isdecimal() and int(update) < whole[-keep]:
+            here = (self._run_dir / "checkpoints" / folder.name).exists()
+            if len(whole) >= keep and update.isdecimal() and int(update) < whole[-keep] and not here:
                 self._fs.delete_dir(str(folder))
 
     def _there(self) -> Iterator[tuple[Path, tuple[int, int]]]:

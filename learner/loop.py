@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
 from ript_ray.data.windows import gather
-from ript_ray.policies.checkpoints import build_policy, cpu_weights, load_policy, save_policy, to_publish
+from ript_ray.policies.checkpoints import UNAVERAGED, build_policy, cpu_weights, load_policy, save_policy, to_publish
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
 
@@ -37,9 +37,6 @@ _KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
 }
-
-_UNAVERAGED = "unaveraged-{:04d}"
-"""Folder beside an update's checkpoint, of the weights that training goes on from where they are not those that act."""
 
 
 def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordinator: Any, home: Any) -> TorchTrainer:
@@ -57,7 +54,7 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
     scaling = config.scaling
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's Train tab is empty otherwise
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.heartbeat_timeout_s)  # ten minutes otherwise
-    return TorchTrainer(
+    return _LearnerGroup(
         train_loop,
         train_loop_config={
             "config": config,
@@ -85,6 +82,13 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
             ),
         ),
     )
+
+
+class _LearnerGroup(TorchTrainer):
+    """Ctrl-C is for the driver: Ray Train's own handler waits without limit and then ends it as if all were well."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -120,12 +124,14 @@ def train_loop(settings: dict[str, Any]) -> None:
         first = published[0]
         with (
             home.reading(checkpoints / f"{first:04d}") as acted,
-            home.reading(checkpoints / _UNAVERAGED.format(first)) as unaveraged,
+            home.reading(checkpoints / UNAVERAGED.format(first)) as unaveraged,
         ):
             policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
             if unaveraged.exists():
                 acting = load_policy(acted).float().to(device)
     worker = _Worker(rank, mesh, anchor, coordinator, memory, home)
+    if (reason := ray.get(coordinator.diagnosis.remote(), timeout=limit)) is not None:
+        raise RuntimeError(reason)  # it was not the process: the update would fail again
     if rank == 0:
         ray.get(coordinator.learners_started.remote(first), timeout=limit)
     for step in range(first, config.train.updates):
@@ -161,12 +167,14 @@ def train_loop(settings: dict[str, Any]) -> None:
             ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
             arrays, sha256 = to_publish(acting, config.policy.precision)
             if acting is not policy and not config.train.restart:
-                with home.writing(checkpoints / _UNAVERAGED.format(step + 1)) as place:
+                with home.writing(checkpoints / UNAVERAGED.format(step + 1)) as place:
                     save_policy(place, policy)
             with home.writing(checkpoints / f"{step + 1:04d}") as place:
                 save_policy(place, acting, about={"update": step + 1})
             ray.get(store.publish.remote(step + 1, [ray.put(arrays)], sha256), timeout=limit)
-            home.prune(checkpoints, config.run.keep_checkpoints)
+            if config.run.keep_checkpoints is not None:
+                best = ray.get(coordinator.best_updates.remote(), timeout=limit)
+                home.prune(checkpoints, config.run.keep_checkpoints, best)
         ray.train.report(row)
 
 
@@ -217,7 +225,9 @@ def _learn(
         file = worker.home.run_dir / "faults" / f"update-{number + 1}-rank-{worker.rank}.safetensors"
         with worker.home.writing(file) as place:
             save_batch(place, [load() for load in steps[error.step].micro_batches])
-        raise RuntimeError(f"update {number + 1}, {error}; the samples of this step are in {file}") from error
+        reason = f"update {number + 1}, {error}; the samples of this step are in {file}"
+        ray.get(worker.coordinator.diagnose.remote(reason), timeout=config.scaling.wait_timeout_s)
+        raise RuntimeError(reason) from error
 
 
 def update_generator(seed: int, step: int, rank: int) -> torch.Generator:

@@ -144,6 +144,8 @@ def update(
         norms.append(norm.item())
         if on_step is not None:
             on_step(index, losses[-1])
+    if not torch.isfinite(whole(torch.nn.utils.get_total_norm([p.detach() for p in parameters]))):
+        raise NonFinite(len(steps) - 1, f"the weights after the last step; try a lower train.lr (now {train.lr})")
     del optimiser  # its moments and the gradients make room for what follows
     trained.zero_grad(set_to_none=True)
     if mesh is not None:

@@ -19,7 +19,7 @@ OBJECTIVE_NAMES = ("advantage_weighted", "cfg", "flow_sde", "fpo", "imitation", 
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(_Section):

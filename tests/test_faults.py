@@ -19,6 +19,7 @@ from faulty_worlds import ARMED
 
 from actors.coordinator import Coordinator
 from actors.dispatcher import Dispatcher, Episode
+from actors.journal import Journal
 from actors.pool import SamplePool
 from actors.rollout import RolloutActor
 from actors.weights import WeightStore, publish
@@ -123,6 +124,27 @@ def test_a_faulty_simulator_costs_seconds_and_no_episode(armed: Path, fault: str
         np.testing.assert_array_equal(before.actions, after.actions)
         np.testing.assert_array_equal(before.state_hashes, after.state_hashes)
         np.testing.assert_array_equal(before.frames, after.frames)
+    ray.kill(actor)
+
+
+def test_episodes_asked_for_before_the_journals_last_entry_are_played(armed: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.collected(0, "quota", 1.0)
+    del journal
+    config = point_config(HEALTHY)
+    actor = start_actor(config)
+    journal = Journal(tmp_path)
+    dispatcher = Dispatcher([actor], config.scaling, journal)
+    dispatcher.submit(Episode(0, Context(HEALTHY, 1, 5), guidance=1.0))
+    assert journal.take("collected") is not None
+    outcome = dispatcher.next()
+    assert outcome is not None
+    assert outcome.report is not None
+    del journal, dispatcher
+    dispatcher = Dispatcher([actor], config.scaling, Journal(tmp_path))
+    dispatcher.submit(Episode(0, Context(HEALTHY, 2, 5), guidance=1.0))  # another start than in the journal
+    with pytest.raises(UserError, match="does not fit its configuration"):
+        dispatcher.next()
     ray.kill(actor)
 
 

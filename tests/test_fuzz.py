@@ -81,7 +81,7 @@ def test_no_number_is_made_of_what_is_none() -> None:
     ]
     assert len(plain) > 60
     for key in plain:
-        for value in ("abc", "[1, 2, 3]", "{a: 1}", "null"):
+        for value in ("abc", "[1, 2, 3]", "{a: 1}", "null", ".nan", "-.inf", ".inf"):
             assert refusal(lambda setting=f"{key}={value}": load_config(DEFAULT, [setting])), (key, value)
 
 

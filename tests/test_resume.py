@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import psutil
 import pytest
 from conftest import make_trajectory
 from test_faults import point_policy
 
 from actors.journal import read_journal
 from benchmarks.faults import CLUSTER_FAULTS, FAULTS
+from ript_ray.data.lines import append_json_line, read_json_lines
 from ript_ray.data.storage import save_episode
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import newest_policy, prune_checkpoints, save_policy
@@ -154,11 +158,13 @@ def run_with_stops(
 
 def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "another machine" / "run"
-    command = [*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.storage={(tmp_path / 'stored').as_uri()}"]
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    command = [*SETTINGS, f"policy.checkpoint={copied}", f"run.storage={(tmp_path / 'stored').as_uri()}"]
     process = start(*command, f"run.dir={run}")
     stop_when(process, run, played(7), signal.SIGKILL)  # the evaluation is over, the first group half collected
     process = start("--resume", str(run))
     stop_when(process, run, collected(1, 0.05), signal.SIGKILL)  # within the second update
+    shutil.rmtree(copied)  # it is not on the other machine
     finish(start(*command, f"run.dir={elsewhere}", "run.resume=true"))
     there, here = story(undisturbed), story(elsewhere)
     assert here[0] == there[0]
@@ -169,8 +175,34 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     numbers = [entry["number"] for entry in read_journal(elsewhere) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
     assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()
+    kept = sorted({summary["best"]["update"], 2, 3})  # the newest two, and the best
     for place in (undisturbed, elsewhere, tmp_path / "stored"):
-        assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["0002", "0003"]
+        assert sorted(path.name for path in (place / "checkpoints").iterdir()) == [f"{update:04d}" for update in kept]
+
+
+@pytest.mark.parametrize(
+    ("how", "state"), [(signal.SIGINT, collected(0, 0.05)), (signal.SIGTERM, played(9))], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_run_that_is_stopped_says_so_and_leaves_nothing_running(
+    checkpoint: Path, tmp_path: Path, how: signal.Signals, state: State
+) -> None:
+    def left() -> set[str]:
+        return {str(file) for folder in ("/tmp", "/dev/shm") for file in Path(folder).glob("*ript_ray-*")}
+
+    before, run = left(), tmp_path / "run"
+    process = start(*SETTINGS, "train.epochs=60", f"policy.checkpoint={checkpoint}", f"run.dir={run}")
+    wait_until(process, lambda: state(run))
+    processes = psutil.Process(process.pid).children(recursive=True)
+    assert len(processes) > 5
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing that was played is lost: python launch.py train --resume" in out
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+    assert left() == before
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run((run / "mlflow-run").read_text().strip()).info.status == "KILLED"
 
 
 @pytest.mark.slow
@@ -232,6 +264,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert len(damaged) == 1
     assert "0002" in damaged[0]
     assert "sha256 is not the one that was written" in damaged[0]
+    save_policy(tmp_path / "0004", point_policy())
+    (tmp_path / "unaveraged-0004").mkdir()  # without its files, from which training would go on
+    update, _, damaged = newest_policy(tmp_path)
+    assert update == 3
+    assert "unaveraged-0004" in damaged[0]
     for update in (9999, 10_000):
         save_policy(tmp_path / f"{update:04d}", point_policy())
     assert newest_policy(tmp_path)[0] == 10_000
@@ -246,6 +283,37 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in names if name != "0001"]
     prune_checkpoints(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0003", "0010", "unaveraged-0010"]
+    for update in (11, 12):
+        (tmp_path / f"{update:04d}").mkdir()
+    prune_checkpoints(tmp_path, 2, best=[2, 3, 10])  # the second is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0003", "0011", "0012"]
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append_json_line(file, {"update": 1})
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_json_line(file, {"update": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+    append_json_line(file, {"update": 2})
+    assert read_json_lines(file) == [{"update": 1}, {"update": 2}]
+
+
+def test_an_update_that_would_fail_again_is_not_tried_again(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*SETTINGS, "train.lr=1e30", f"policy.checkpoint={checkpoint}", f"run.dir={run}")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "try a lower train.lr" in err
+    assert "starting again" not in err
+    assert len(list((run / "faults").glob("update-1-rank-0.safetensors"))) == 1
+    assert sum(entry["kind"] == "session" for entry in read_journal(run)) == 1
 
 
 def test_a_disk_that_is_full_is_the_disks_fault_and_leaves_what_was_there(tmp_path: Path) -> None:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ript_ray.errors import UserError
+
+
+def append_json_line(file: Path, entry: dict[str, Any]) -> None:
+    """Add a line, or nothing of it.
+
+    Raises:
+        OSError: when the disk does not take it.
+    """
+    with file.open("ab") as out:
+        size = out.tell()
+        try:
+            out.write(json.dumps(entry).encode() + b"\n")
+            out.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # what is still in the buffer is lost, as it should be
+                out.close()
+            os.truncate(file, size)
+            raise
 
 
 def read_json_lines(file: Path, repair: bool = False, containing: str = "") -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+UNAVERAGED = "unaveraged-{:04d}"
+"""Folder beside an update's checkpoint, of the weights that training goes on from where they are not those that act."""
+
+
 def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
     """The newest whole checkpoint of a run.
 
@@ -98,18 +102,23 @@ def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
     damaged: list[str] = []
     for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name), reverse=True):
         try:
-            return int(path.name), load_policy(path), damaged
+            policy = load_policy(path)
+            unaveraged = folder / UNAVERAGED.format(int(path.name))
+            if unaveraged.exists():  # from which the next update goes on
+                load_policy(unaveraged)
+            return int(path.name), policy, damaged
         except UserError as error:
             damaged.append(str(error))
     return 0, None, damaged
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
+def prune_checkpoints(folder: Path, keep: int, best: Sequence[int] = ()) -> None:
     """Of a run's ``checkpoints`` leave only those of the newest ``keep`` updates, whatever they are of (``0007``,
-    ``unaveraged-0007``).
+    ``unaveraged-0007``), and of the first of ``best`` that is there.
     """
     updates = {path: int(number) for path in folder.iterdir() if (number := path.name.rpartition("-")[2]).isdecimal()}
-    kept = sorted(set(updates.values()))[-keep:]
+    there = set(updates.values())
+    kept = sorted(there)[-keep:] + [update for update in best if update in there][:1]
     for path, update in updates.items():
         if update not in kept:
             shutil.rmtree(path, ignore_errors=True)  # what a busy disk keeps goes next time

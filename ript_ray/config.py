@@ -39,7 +39,7 @@ class RunConfig(_Section):
     """A second place for the run's files, kept up to date after each update: a path, or a URL that ``pyarrow.fs`` knows
     (``s3://``, ``gs://``, ``hdfs://``). With ``resume`` a run whose ``dir`` is gone goes on from there."""
     keep_checkpoints: int | None = Field(default=None, ge=2)
-    """Newest checkpoints to keep, at least two, since the newest may be damaged; all by default."""
+    """Newest checkpoints to keep, at least two, since the newest may be damaged, beside the best; all by default."""
     report_port: int | None = Field(default=0, ge=0, le=65535)
     """Where the job serves its report page; 0: at any free port, null: nowhere."""
     report_host: str = "127.0.0.1"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.journal import journal_holds, work_done
-from benchmarks.job import Job, new_folder, with_start
+from benchmarks.job import Job, new_folder, processes, with_start
 from benchmarks.nodes import Nodes
 from ript_ray.config import Config
 from ript_ray.errors import UserError
@@ -217,6 +217,7 @@ def _inject(job: Job, name: str, rng: random.Random, nodes: Nodes | None) -> _In
         return None
     injection = _Injection(name)
     before = job.played()
+    known = set(processes(fault.victim)) if fault.victim else set()
     started = time.monotonic()
     fault.strike(victim, nodes)
     if not fault.victim and fault.ends_victim:
@@ -225,7 +226,7 @@ def _inject(job: Job, name: str, rng: random.Random, nodes: Nodes | None) -> _In
         if job.result is not None:
             injection.recovered = True
         elif not job.has_ended():
-            replaced = not fault.ends_victim or job.wait(lambda: job.find(fault.victim) not in (None, victim))
+            replaced = not fault.ends_victim or job.wait(lambda: not known.issuperset(processes(fault.victim)))
             injection.recovered = replaced and _gets_on(job)
             if not injection.recovered and not job.has_ended():  # it hangs
                 break

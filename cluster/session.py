@@ -19,6 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ript_ray.config import ScalingConfig
 from ript_ray.errors import UserError, first_line
 
+API_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Environment variable: where a cluster's dashboard answers over HTTP."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -136,7 +139,7 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
     stopping = signal.getsignal(signal.SIGTERM)
     env_vars = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     try:
-        ray.init(
+        context = ray.init(
             address=address or "local",  # not a cluster that happens to run on this machine
             num_cpus=os.cpu_count() if local else None,
             logging_level=logging.WARNING,
@@ -151,12 +154,18 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
         ) from error
     if callable(stopping) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopping)  # Ray has put its own in the place of the caller's
+    asked = os.environ.get(API_SERVER)
+    if local:  # else this session's processes would ask the machine's cluster about each other, if there is one
+        os.environ[API_SERVER] = f"http://{context.dashboard_url}"
     try:
         if not local:
             _check_cluster(plan, patience_s)
         yield
     finally:
         ray.shutdown()
+        os.environ.pop(API_SERVER, None)
+        if asked is not None:
+            os.environ[API_SERVER] = asked
 
 
 def _check_cluster(plan: ResourcePlan, patience_s: float) -> None:
@@ -224,7 +233,7 @@ def node_of(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
 
 def dashboard_address() -> str:
     """Where a running cluster answers over HTTP."""
-    return os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    return os.environ.get(API_SERVER, "http://127.0.0.1:8265")
 
 
 def living_nodes(address: str) -> list[Any]:

@@ -53,8 +53,8 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
     """
     folder = str(home.run_dir)
     scaling = config.scaling
-    # Ray Train has a process that removes the group once its controller is no more. It asks the cluster that was begun on
-    # this machine by "ray start": another than a local session's, or one that is gone, which holds up the end.
+    # Ray Train has a process that removes the group once its controller is no more. It asks the cluster that was begun
+    # on this machine by "ray start": another than a local session's, or one that is gone, which holds up the end.
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")
     os.environ.setdefault(RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's Train tab is empty otherwise
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(scaling.heartbeat_timeout_s)  # ten minutes otherwise

@@ -92,8 +92,8 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
             before = work_done(run_dir)
             try:
                 return train_until_it_fails(config, run_dir, tracker, storage, survived)
-            except UserError:
-                raise
+            except UserError as error:
+                raise getattr(error, "cause", error) from None  # to that of an actor Ray adds its traceback
             except Exception as error:
                 restarts = restarts + 1 if work_done(run_dir) == before else 1
                 reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
@@ -142,7 +142,7 @@ def train_until_it_fails(
     from ript_ray.types import EpisodeReport
 
     started = time.perf_counter()
-    policy = keep_starting_policy(config, run_dir / "start")
+    policy = keep_starting_policy(config, run_dir)
     shown = demonstrations_to_show(config, policy)
     update, newest, damaged = newest_policy(run_dir / "checkpoints")
     for reason in damaged:
@@ -176,8 +176,9 @@ def train_until_it_fails(
                 learners.fit()
             except Exception as error:
                 monitor.raise_if_collecting_failed()
-                if (reason := ray.get(coordinator.diagnosis.remote(), timeout=60)) is not None:
-                    raise UserError(reason) from error
+                with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, too
+                    if (reason := ray.get(coordinator.diagnosis.remote(), timeout=60)) is not None:
+                        raise UserError(reason) from error
                 raise
             monitor.raise_if_collecting_failed()
             ray.get(collecting, timeout=config.scaling.wait_timeout_s)
@@ -326,11 +327,12 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def keep_starting_policy(config: Config, kept: Path) -> Policy:
+def keep_starting_policy(config: Config, run_dir: Path) -> Policy:
     """The policy that a run begins with, of which it keeps a copy: the checkpoint may be another when it goes on."""
     from ript_ray.policies.checkpoints import save_policy
 
-    if kept.exists():
+    kept = run_dir / "start"
+    if kept.exists() and (run_dir / "journal.jsonl").exists():  # else it is of a run that never began
         return load_starting_policy(config, kept)
     policy = load_starting_policy(config)
     save_policy(kept, policy)

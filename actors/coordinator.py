@@ -296,8 +296,10 @@ class Coordinator:
 
     def _best(self) -> dict[str, Any] | None:
         """The update whose weights did best in rollouts, and how well, as far as there were rollouts."""
-        best = self.best_updates()
-        return {"update": best[0]} | success_summary(self._by_version[best[0]]) if best else None
+        folder = None if self._journal.run_dir is None else self._journal.run_dir / "checkpoints"
+        kept = (update for update in self.best_updates() if folder is None or (folder / f"{update:04d}").exists())
+        best = next(kept, None)
+        return None if best is None else {"update": best} | success_summary(self._by_version[best])
 
     def _next_dispatcher(self) -> Dispatcher:
         """For the next stage, with the actors that are there now."""

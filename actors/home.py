@@ -81,14 +81,12 @@ class Home:
                         out.write(self._do(_read, folder / name, start))
             yield local
 
-    def prune(self, checkpoints: Path, keep: int | None, best: Sequence[int] = ()) -> None:
-        """Leave only the newest of a run's checkpoints and the best, see `prune_checkpoints`, or all of them.
+    def prune(self, checkpoints: Path, keep: int, best: Sequence[int] = ()) -> None:
+        """Leave only the newest of a run's checkpoints and the best, see `prune_checkpoints`.
 
         Raises:
             GetTimeoutError: when it takes longer than ``timeout_s``.
         """
-        if keep is None:
-            return
         if self._is_shared():
             prune_checkpoints(checkpoints, keep, best)
         else:

@@ -45,6 +45,12 @@ class Recorder:
     def diagnosis(self) -> str | None:
         return None
 
+    def diagnose(self, reason: str) -> None:
+        pass
+
+    def best_updates(self) -> list[int]:
+        return []
+
     def log(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
 

@@ -192,16 +192,16 @@ def _learn(
     sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
     contexts = evaluation_contexts(config)["held_out"]
     groups: list[_Group] = []
-    acting = start
+    learning = acting = start
     for index in range(config.bench.rounds):
         began = time.perf_counter()
         # The first round is drawn again as well, so that the sampler goes on from there.
         new = _collect(players, sampler, index, shared[0] if index == 0 else None)
         seconds = shared[1] if index == 0 else time.perf_counter() - began
         groups = [group for group in groups if index - group.round <= config.train.max_staleness] + new
-        policy = copy.deepcopy(start if config.train.restart else acting)
+        learning = copy.deepcopy(start if config.train.restart else learning)
         began = time.perf_counter()
-        acting = _update(policy, groups, config, seed * 1009 + index)
+        acting = _update(learning, groups, config, seed * 1009 + index, config.train.averages(index)) or acting
         took = time.perf_counter() - began
         players.adopt(acting)
         for scale, run in runs.items():
@@ -228,7 +228,7 @@ def _collect(players: _Players, sampler: ContextSampler, index: int, made: list[
     drawn = [sampler.next_group() for _ in range(config.sampling.groups)]
     if made is None:
         contexts = [context for group in drawn for context in group.contexts]
-        played = players.play(contexts, config.policy.guidance, exploring=True)
+        played = players.play(contexts, 1.0, exploring=True)
         size = config.sampling.group_size
         parts = [played[i : i + size] for i in range(0, len(played), size)]
         made = [_Group(index, part, np.array([t.reward for t in part])) for part in parts]
@@ -237,13 +237,17 @@ def _collect(players: _Players, sampler: ContextSampler, index: int, made: list[
     return made
 
 
-def _update(policy: Policy, groups: list[_Group], config: Config, seed: int) -> Policy:
-    """One update on these groups, as the pool and the learner do it; the policy to act with."""
+def _update(learning: Policy, groups: list[_Group], config: Config, seed: int, averaging: bool) -> Policy | None:
+    """Train on these groups, as the pool and the learner do it.
+
+    Returns:
+        The policy to act with; None when there was nothing to learn.
+    """
     train, objective = config.train, config.objective
     kept = [group for group in groups if is_kept(group.rewards, objective)]
     pool = dict(enumerate(t for group in kept for t in group.trajectories))
     if not pool:
-        return policy
+        return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile
     # Every objective takes the same number of steps, whatever was rejected.
     data = config.data.model_copy(update={"windows": "seen"})  # nobody renders others here
@@ -255,7 +259,10 @@ def _update(policy: Policy, groups: list[_Group], config: Config, seed: int) -> 
     advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
     shard, _ = make_shard(0, reports, advantages, pool, config.model_copy(update=chosen))
     steps = plan_steps(shard, pool, train.micro_batch)
-    return update(policy, steps, train, objective, torch.Generator().manual_seed(seed))[0]
+    if not steps:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return update(learning, steps, train, objective, generator, averaging=averaging)[0]
 
 
 def _config_of(config: Config, variant: str) -> Config:
@@ -267,7 +274,7 @@ def _config_of(config: Config, variant: str) -> Config:
     settings = config.model_dump()
     settings["train"] |= VARIANTS[variant].get("train", {}) | {"updates": config.bench.rounds}
     settings["objective"] |= VARIANTS[variant]["objective"]
-    settings["policy"]["guidance"] = settings["eval"]["guidance"] = 1.0  # the scales of the table are another matter
+    settings["policy"]["guidance"] = settings["eval"]["guidance"] = 1.0  # the table has scales of its own
     try:
         return Config.model_validate(settings)
     except ValidationError as error:

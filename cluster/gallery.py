@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ log = logging.getLogger("ript_ray")
 
 _KEPT = 8
 _TIMEOUT_S = 120.0
+_STOP_S = 10.0
 _EVERY, _SIZE = 4, 128
 _FRAMES_PER_SECOND = 10.0
 
@@ -47,10 +49,11 @@ class Gallery:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stopped = kind is not None
         self._updates.put(None)
-        if not self._stopped:
+        if kind is None:
             self._thread.join(timeout=_TIMEOUT_S)
+        self._stopped = True
+        self._thread.join(timeout=_STOP_S)  # it must not ask Ray for anything once that is shut down
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Film after the rollouts of an update, when it is its turn."""
@@ -67,18 +70,27 @@ class Gallery:
 
     def _film(self, update: int) -> None:
         self._folder.mkdir(exist_ok=True)
-        newest = ray.get(self._coordinator.newest.remote(), timeout=_TIMEOUT_S)
-        actors = ray.get(self._coordinator.present.remote(), timeout=_TIMEOUT_S)
+        newest = self._get(self._coordinator.newest.remote())
+        actors = self._get(self._coordinator.present.remote())
         for success, (at, (reference,)) in newest.items():
             if at != update:
                 continue
             name = f"{update:05d}-{'success' if success else 'failure'}.mp4"
-            frames = ray.get(actors[update % len(actors)].film.remote(reference, _EVERY, _SIZE), timeout=_TIMEOUT_S)
+            frames = self._get(actors[update % len(actors)].film.remote(reference, _EVERY, _SIZE))
+            instruction = self._get(reference).instruction
             write_video(self._folder / name, frames, _FRAMES_PER_SECOND)
-            instruction = ray.get(reference, timeout=_TIMEOUT_S).instruction
             caption = {"file": f"{VIDEOS}/{name}", "update": update, "success": success, "instruction": instruction}
             self._captions = [c for c in self._captions if c["file"] != caption["file"]] + [caption]
         for old in self._captions[:-_KEPT]:
             (self._folder.parent / old["file"]).unlink(missing_ok=True)
         self._captions = self._captions[-_KEPT:]
         write_json(self._folder / CAPTIONS, self._captions[::-1])
+
+    def _get(self, reference: Any) -> Any:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not self._stopped:
+            if ray.wait([reference], timeout=1.0)[0]:
+                return ray.get(reference)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {_TIMEOUT_S:.0f} s")
+        raise InterruptedError("the run ends")

@@ -58,15 +58,15 @@ def leave_behind(
     run_dir: Path, summary: dict[str, Any], rows: list[dict[str, Any]], actor: Any, outcomes: dict[str, Any]
 ) -> None:
     """Write summary, curve, and videos of a failed and of a successful rollout before and after."""
-    plot_success(run_dir / "success.png", summary, rows)
     try:
+        plot_success(run_dir / "success.png", summary, rows)
         for when, outcome in outcomes.items():
             for success, kept in outcome["kept"].items():
                 for reference in kept.values():
                     frames = ray.get(actor.film.remote(reference), timeout=300)
                     write_video(run_dir / f"{when}-{'success' if success else 'failure'}.mp4", frames, 10.0)
-    except ray.exceptions.RayError:  # the run is finished and does not fail for want of a video
-        log.exception("no video of every outcome")
+    except Exception:  # whatever it is, the run is finished and does not fail for want of a picture
+        log.exception("no picture of success, or no video of every outcome")
     write_json(run_dir / "summary.json", summary)  # last: with it the run is finished, and not resumed any more
     write_report(run_dir)
     for error in summary["errors"]:

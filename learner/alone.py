@@ -6,7 +6,6 @@ order and with the same arithmetic: the weights are equal to the bit. It cannot 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
 from ript_ray.data.demonstrations import demonstrations_to_show
+from ript_ray.data.lines import append_json_line
 from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
 from ript_ray.envs.rendering import choose, describe_renderer
@@ -125,8 +125,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         row |= {"learner/busy_s": time.perf_counter() - learning_began}
         seconds["learner_busy"] += row["learner/busy_s"]
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
-        with (run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"time": time.time()} | row) + "\n")
+        append_json_line(run_dir / "metrics.jsonl", {"time": time.time()} | row)
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     final = player.evaluate()
     # The learner has nothing to do while rollouts are played.

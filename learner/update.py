@@ -35,7 +35,7 @@ class Step:
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient became NaN or infinite; the weights were not touched by it.
+    """A loss, a gradient or weights became NaN or infinite; the policy is not to be used any more.
 
     Args:
         step: index of the optimiser step.
@@ -99,7 +99,7 @@ def update(
         objective names.
 
     Raises:
-        NonFinite: before a NaN or an infinity could reach the weights.
+        NonFinite: for a NaN or an infinity in losses, gradients or weights.
     """
     needs_before = compares_with_reference(objective) or (train.anchor > 0 and anchor is None)
     before = _frozen(policy, mesh) if needs_before else None

@@ -138,7 +138,9 @@ class SamplingConfig(_Section):
     @property
     def quota(self) -> int:
         """Accepted groups after which an update no longer waits."""
-        return math.ceil(round(self.enough * self.groups, 6))  # 0.28 · 25 is a little more than 7 in floating point
+        return max(
+            1, math.ceil(round(self.enough * self.groups, 6))
+        )  # 0.28 · 25 is a little more than 7 in floating point
 
 
 class DataConfig(_Section):
@@ -257,8 +259,8 @@ class TrainConfig(_Section):
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay of the moving average of the weights, per optimiser step; 0 for none."""
     act_with_ema: bool = True
-    """With ``ema``: rollouts act with the averaged weights; else with the last ones, and only the last update gives
-    the average, which is evaluated and kept."""
+    """With ``ema``: rollouts act with the averaged weights; else with the last ones, and only the last of
+    ``updates`` gives the average, which is evaluated and kept."""
     freeze: tuple[str, ...] = ()
     """Parts of the policy that are not trained, for example [vision, projector, language, words] of π0: all
     but what acts."""

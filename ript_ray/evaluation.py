@@ -109,17 +109,19 @@ def successive_halving(
     def summary(scale: float) -> dict[str, Any]:
         return success_summary([result for result in results[scale] if result is not None])
 
+    def rank(scale: float) -> tuple[float, float]:
+        return -(summary(scale)["rate"] or 0.0), abs(scale - 1)
+
     alive, count = list(scales), first
     while True:
         for scale in {*alive, 1.0}:
             results[scale] += play(scale, range(len(results[scale]), count))
         # Of equals the one nearest to 1, since extrapolation is not free of harm.
-        ranked = sorted(alive, key=lambda scale: (-(summary(scale)["rate"] or 0.0), abs(scale - 1)))
-        alive = ranked[: -(-len(alive) // 2)]
+        alive = sorted(alive, key=rank)[: -(-len(alive) // 2)]
         if len(alive) == 1:
             break
         count *= 2
-    best = alive[0]
+    best = min(alive[0], 1.0, key=rank)
     p_value = before_and_after(results[1.0], results[best])["paired_p"]
     return {
         "chosen": best if p_value < 0.05 / max(1, len(scales) - 1) else 1.0,

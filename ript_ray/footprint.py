@@ -40,7 +40,7 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     weights = _bytes([*policy.parameters(), *policy.buffers()])
     trained = _bytes([p for p in policy.parameters() if p.requires_grad])
     references = compares_with_reference(objective) + (train.anchor > 0)
-    copies = weights * references + (trained if train.ema > 0 and train.act_with_ema else 0.0)
+    copies = weights * references + (trained if train.ema > 0 else 0.0)
     # Divided weights are whole where they are needed: two blocks, since the next comes while one is computed, and what
     # belongs to no block, with the buffer in which it came; so are their gradients before they are exchanged.
     blocks = [_bytes([*block.parameters()]) for block in policy.shardable()]

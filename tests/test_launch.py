@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cluster.doctor import examine_rendering
-from launch import main
+from launch import default_config, main
 from ript_ray.config import load_config
 from ript_ray.policies.checkpoints import load_policy
 
@@ -83,6 +83,19 @@ def test_a_python_without_the_packages_is_told_what_to_run() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert re.fullmatch(r"error: the package '\w+' is not there for .*; run: make setup .*\n", done.stderr)
+
+
+def test_a_command_that_names_no_configuration_has_the_default_or_its_own() -> None:
+    names = {
+        ("bench", "objectives"): "objectives.yaml",
+        ("bench", "soak"): "faults.yaml",
+        ("bench", "learner"): "default.yaml",
+        ("train", "run.name=objectives"): "default.yaml",
+    }
+    for (command, word), name in names.items():
+        file = default_config(command, [word, "run.seed=1"])
+        assert file.name == name
+        assert file.is_file()
 
 
 def test_the_policy_benchmark_needs_neither_ray_nor_a_simulator(tmp_path: Path) -> None:

@@ -134,14 +134,17 @@ def story(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path: sockets lie there
+    with tempfile.TemporaryDirectory(
+        dir="/tmp", ignore_cleanup_errors=True
+    ) as temporary:  # a short path: sockets lie there
         left = Path(temporary) / "ray/ray_current_cluster"  # of a cluster of this machine that is gone
         left.parent.mkdir()
         left.write_text("127.0.0.1:1")
         finish(start(*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={run}", RAY_TMPDIR=temporary))
         logs = list(left.parent.glob("session_*/logs/train/ray-train-sys-controller*.log"))
-        assert logs
-        assert not any("Failed to stop" in log.read_text() for log in logs)
+        (said,) = (log.read_text() for log in logs)
+        assert "with PlacementGroupCleaner" in said
+        assert "Failed to stop PlacementGroupCleaner" not in said
     learnt = [row["learner/steps"] for row in story(run)[1] if "learner/steps" in row]
     assert min(learnt) > 0, "a run that learns nothing shows nothing"
     return run
@@ -209,7 +212,7 @@ def test_a_run_that_is_stopped_says_so_and_leaves_nothing_running(
     assert "nothing that was played is lost: python launch.py train --resume" in out
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
-    assert left() == before
+    assert left() <= before
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert client.get_run((run / "mlflow-run").read_text().strip()).info.status == "KILLED"
 

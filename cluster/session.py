@@ -155,9 +155,8 @@ def ray_session(scaling: ScalingConfig, plan: ResourcePlan, patience_s: float = 
     if callable(stopping) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopping)  # Ray has put its own in the place of the caller's
     asked = os.environ.get(API_SERVER)
-    if (
-        local and context.dashboard_url
-    ):  # else this session's processes would ask the machine's cluster about each other, if there is one
+    # Else the processes of a local session would ask the machine's cluster about each other, if there is one.
+    if local and context.dashboard_url:
         os.environ[API_SERVER] = f"http://{context.dashboard_url}"
     try:
         if not local:

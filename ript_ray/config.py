@@ -138,9 +138,8 @@ class SamplingConfig(_Section):
     @property
     def quota(self) -> int:
         """Accepted groups after which an update no longer waits."""
-        return max(
-            1, math.ceil(round(self.enough * self.groups, 6))
-        )  # 0.28 · 25 is a little more than 7 in floating point
+        # In floating point 0.28 · 25 is a little more than 7.
+        return max(1, math.ceil(round(self.enough * self.groups, 6)))
 
 
 class DataConfig(_Section):

@@ -134,9 +134,8 @@ def story(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with tempfile.TemporaryDirectory(
-        dir="/tmp", ignore_cleanup_errors=True
-    ) as temporary:  # a short path: sockets lie there
+    # Sockets want a short path, and Ray's processes may still write there in the end.
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as temporary:
         left = Path(temporary) / "ray/ray_current_cluster"  # of a cluster of this machine that is gone
         left.parent.mkdir()
         left.write_text("127.0.0.1:1")

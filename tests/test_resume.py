@@ -192,7 +192,11 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
 
 
 @pytest.mark.parametrize(
-    ("how", "state"), [(signal.SIGINT, collected(0, 0.05)), (signal.SIGTERM, played(9))], ids=["SIGINT", "SIGTERM"]
+    ("how", "state"),
+    [
+        pytest.param(signal.SIGINT, collected(0, 0.05), id="SIGINT"),
+        pytest.param(signal.SIGTERM, played(9), id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_stopped_says_so_and_leaves_nothing_running(
     checkpoint: Path, tmp_path: Path, how: signal.Signals, state: State
@@ -316,6 +320,7 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_json_lines(file) == [{"update": 1}, {"update": 2}]
 
 
+@pytest.mark.slow
 def test_an_update_that_would_fail_again_is_not_tried_again(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*SETTINGS, "train.lr=1e30", f"policy.checkpoint={checkpoint}", f"run.dir={run}")

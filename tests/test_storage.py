@@ -80,6 +80,7 @@ def test_older_checkpoints_go_when_newer_ones_are_there(tmp_path: Path) -> None:
         pass
     assert checkpoints() == {"0001", "0002", "unaveraged-0001"}
     shutil.rmtree(run / "checkpoints/0001")
+    shutil.rmtree(run / "checkpoints/unaveraged-0001")
     with stored(str(place), run):  # whoever makes room here keeps what is there
         pass
     learn(3, "model.safetensors")  # half copied
@@ -90,6 +91,10 @@ def test_older_checkpoints_go_when_newer_ones_are_there(tmp_path: Path) -> None:
     with stored(str(place), run, 2):
         pass
     assert checkpoints() == {"0002", "0003"}
+    learn(4, "model.safetensors", "policy.json")
+    with stored(str(place), run, 2):  # the run itself keeps 2, which did best
+        pass
+    assert checkpoints() == {"0002", "0003", "0004"}
 
 
 def test_a_restore_that_is_interrupted_is_not_taken_for_whole(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         left.parent.mkdir()
         left.write_text("127.0.0.1:1")
         finish(start(*SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={run}", RAY_TMPDIR=temporary))
-        logs = list(left.parent.glob("session_*/logs/train/ray-train-sys-controller*.log"))
+        logs = list(left.parent.glob("session_latest/logs/train/ray-train-sys-controller*.log"))
         (said,) = (log.read_text() for log in logs)
         assert "with PlacementGroupCleaner" in said
         assert "Failed to stop PlacementGroupCleaner" not in said

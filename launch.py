@@ -139,6 +139,7 @@ def train_until_it_fails(
     from ript_ray.data.demonstrations import demonstrations_to_show
     from ript_ray.policies.checkpoints import newest_policy
     from ript_ray.report import LiveReport
+    from ript_ray.runs import settings_tried
     from ript_ray.types import EpisodeReport
 
     started = time.perf_counter()
@@ -190,7 +191,7 @@ def train_until_it_fails(
         summary = summarise(
             config, base, final, totals, counts, monitor.rows, ray.get(actor.renderer.remote(), timeout=60)
         )
-        summary |= {"updates": version, "weights_sha256": sha256}
+        summary |= {"updates": version, "weights_sha256": sha256, "settings_tried": settings_tried(run_dir)}
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actor, {"before": base, "after": final})
         acting = {"guidance": config.eval.guidance, "denoise_steps": config.policy.denoise_steps}
@@ -205,8 +206,10 @@ def train_without_ray(config: Config, run_dir: Path) -> dict[str, Any]:
     """The same as `train` in this process alone."""
     from learner.alone import train_alone
     from ript_ray.reporting import describe_rate, write_json
+    from ript_ray.runs import settings_tried
 
     summary = train_alone(config, load_starting_policy(config), run_dir)
+    summary |= {"settings_tried": settings_tried(run_dir)}
     write_json(run_dir / "summary.json", summary)
     for name, column in summary["evaluation"].items():
         print(f"{name.replace('_', ' ')}: {describe_rate(column['base'])} → {describe_rate(column['final'])}")
@@ -217,17 +220,17 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     """Success rate of ``policy.checkpoint`` on held-out initial states."""
     import ray
 
-    from ript_ray.evaluation import success_summary
+    from ript_ray.evaluation import evaluation_contexts, start_of, success_summary
     from ript_ray.reporting import describe_rate, versions
 
     with players(config, run_dir) as coordinator:
         outcome = ray.get(coordinator.evaluate.remote("evaluating"))
         actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
         renderer = ray.get(actor.renderer.remote(), timeout=60)
-    columns = {
-        name: success_summary([result for result in results if result is not None])
-        for name, results in outcome["results"].items()
-    }
+    contexts, columns = evaluation_contexts(config), {}
+    for name, results in outcome["results"].items():
+        played = [(r, start_of(c)) for r, c in zip(results, contexts[name], strict=True) if r is not None]
+        columns[name] = success_summary([result for result, _ in played], [start for _, start in played])
     print(config.env.id)
     for name, result in columns.items():
         print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")

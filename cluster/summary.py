@@ -35,7 +35,8 @@ def summarise(
     return {
         "env": config.env.id,
         "evaluation": {
-            name: before_and_after(base["results"][name], after) for name, after in final["results"].items()
+            name: before_and_after(contexts[name], base["results"][name], after)
+            for name, after in final["results"].items()
         },
         "frames": {"rendered": rendered, "eager": frames["eager"], "share": rendered / max(1, frames["eager"])},
         "tasks": {

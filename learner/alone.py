@@ -127,12 +127,12 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         append_json_line(run_dir / "metrics.jsonl", {"time": time.time()} | row)
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    final = player.evaluate()
+    final, contexts = player.evaluate(), evaluation_contexts(config)
     # The learner has nothing to do while rollouts are played.
     seconds |= {"learner_idle": seconds["rollout"], "total": time.perf_counter() - began}
     return {
         "env": config.env.id,
-        "evaluation": {name: before_and_after(base[name], after) for name, after in final.items()},
+        "evaluation": {name: before_and_after(contexts[name], base[name], after) for name, after in final.items()},
         "episodes": player.episodes,
         "env_steps": player.env_steps,
         "groups": groups,

@@ -261,7 +261,11 @@ def plan_steps(
         return gather(windows, trajectories, shard.advantages, rendered, shard.weights)
 
     return [
-        Step([partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)], shard.batch_size)
+        Step(
+            [partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)],
+            len(rows),
+            shard.batch_size,
+        )
         for rows in shard.order
     ]
 

@@ -69,7 +69,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     steps = []
     for i in range(config.sft.steps):
         rows = np.array_split(order[i * size : (i + 1) * size], -(-size // config.train.micro_batch))
-        steps.append(Step([partial(load, part) for part in rows], size))
+        steps.append(Step([partial(load, part) for part in rows], size, size))
     # The condition knows nothing yet: both branches learn the same.
     objective = ObjectiveConfig(name="imitation", alpha=1.0)
     generator = torch.Generator().manual_seed(config.run.seed)

@@ -16,7 +16,7 @@ from learner.sharding import copy_whole, is_divided, shard, whole
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import add_lora, freeze, merge_lora
-from ript_ray.policies.policy import Policy, sample_time, shift_images
+from ript_ray.policies.policy import Policy, draw_shifts, sample_time, shift_images
 from ript_ray.types import Batch
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "unable to find an engine")
@@ -30,6 +30,8 @@ class Step:
     """One optimiser step of one learner."""
 
     micro_batches: Sequence[Load]
+    rows: int
+    """Windows of this learner: of its micro-batches together."""
     batch_size: int
     """Windows of all learners together, by which the loss is divided."""
 
@@ -217,25 +219,58 @@ def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch
 
 
 def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
-    policy, generator = terms.policy, terms.generator
+    policy = terms.policy
     device = next(policy.parameters()).device
     total = torch.zeros((), device=device)
-    shift = 0 if compares_with_recording(terms.objective) else terms.train.image_shift
+    chances: Chances | None = None
+    done = 0
     for load in step.micro_batches:
         batch = load()
-        batch.frames = shift_images(batch.frames, shift, generator)
-        noise = torch.randn(len(batch), policy.horizon, policy.action_dim, generator=generator)
-        time, chance = sample_time(len(batch), generator), torch.rand(len(batch), generator=generator)
+        chances = chances or Chances.draw(terms, step.rows, batch.frames.shape[1])
+        own = chances[done : done + len(batch)]
+        done += len(batch)
+        if own.shifts is not None:
+            batch.frames = shift_images(batch.frames, own.shifts)
         size = -(-len(batch) // pieces)
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
-            eps, t, u = (tensor[rows].to(device) for tensor in (noise, time, chance))
+            eps, t, u = (tensor[rows].to(device) for tensor in (own.noise, own.time, own.uniform))
             draw = Draw(policy, batch[rows].to(device), eps, t, u, terms.reference)
             with torch.autocast(device.type, torch.bfloat16, enabled=terms.train.precision == "bfloat16"):
                 loss = _loss(draw, terms) / step.batch_size
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class Chances:
+    """What is random in a step, drawn for all its windows at once: the size of micro-batches changes nothing."""
+
+    shifts: torch.Tensor | None
+    """Of the frames, int64[rows, C, 2], if they are shifted."""
+    noise: torch.Tensor
+    """float32[rows, T, D]"""
+    time: torch.Tensor
+    """float32[rows]"""
+    uniform: torch.Tensor
+    """float32[rows]"""
+
+    @classmethod
+    def draw(cls, terms: _Terms, rows: int, cameras: int) -> Chances:
+        """For so many windows."""
+        policy, generator = terms.policy, terms.generator
+        pixels = 0 if compares_with_recording(terms.objective) else terms.train.image_shift
+        return cls(
+            shifts=draw_shifts(rows, cameras, pixels, generator) if pixels else None,
+            noise=torch.randn(rows, policy.horizon, policy.action_dim, generator=generator),
+            time=sample_time(rows, generator),
+            uniform=torch.rand(rows, generator=generator),
+        )
+
+    def __getitem__(self, rows: slice) -> Chances:
+        shifts = None if self.shifts is None else self.shifts[rows]
+        return Chances(shifts, self.noise[rows], self.time[rows], self.uniform[rows])
 
 
 def _loss(draw: Draw, terms: _Terms) -> torch.Tensor:

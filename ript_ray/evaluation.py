@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from ript_ray.config import Config
@@ -48,7 +49,7 @@ def evaluation_contexts(config: Config) -> Columns:
     return {name: contexts for name, contexts in columns.items() if contexts}
 
 
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, episodes: float, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % Wilson score interval of a success rate (Wilson 1927)."""
     if episodes == 0:
         return 0.0, 1.0
@@ -59,31 +60,73 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
-def success_summary(results: Sequence[bool]) -> dict[str, Any]:
-    """``successes``, ``episodes``, ``rate`` and ``ci95`` of a list of outcomes."""
-    successes = sum(results)
+def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """``successes``, ``episodes``, ``rate`` and ``ci95`` of a list of outcomes.
+
+    Args:
+        results: the outcomes.
+        starts: where each began; several from the same start tell less than as many from different ones, and the
+            interval is that of `effective_episodes`.
+    """
+    successes, episodes = sum(results), len(results)
+    effective = episodes if starts is None else effective_episodes(results, starts)
     return {
         "successes": successes,
-        "episodes": len(results),
-        "rate": successes / len(results) if results else None,
-        "ci95": list(wilson_interval(successes, len(results))),
+        "episodes": episodes,
+        "rate": successes / episodes if results else None,
+        "ci95": list(wilson_interval(successes * effective / max(1, episodes), effective)),
     }
 
 
-def paired_p_value(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Two-sided exact McNemar test: probability of at least so lopsided a change if nothing had changed.
+def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> float:
+    """So many independent episodes tell as much of the success rate as these, of which some share a start.
+
+    n / (1 + (m − 1)ρ) with m episodes of a start and ρ the correlation of outcomes within a start, by analysis of
+    variance (Kish 1965, "Survey sampling"; Donner and Klar 2000): n where outcomes do not depend on the start, the
+    number of starts where they depend on nothing else.
+    """
+    groups: defaultdict[Hashable, list[bool]] = defaultdict(list)
+    for result, start in zip(results, starts, strict=True):
+        groups[start].append(result)
+    n, k = len(results), len(groups)
+    if k == n or k < 2:  # of a single start all that can be said is how good it is from there
+        return float(n)
+    mean = sum(results) / n
+    between = sum(len(own) * (sum(own) / len(own) - mean) ** 2 for own in groups.values()) / (k - 1)
+    within = sum(sum(own) * (1 - sum(own) / len(own)) for own in groups.values()) / (n - k)
+    size = (n - sum(len(own) ** 2 for own in groups.values()) / n) / (k - 1)
+    total = between + (size - 1) * within
+    correlation = max(0.0, (between - within) / total) if total > 0 else 0.0
+    return n / (1 + (size - 1) * correlation)
+
+
+def start_of(context: Context) -> Hashable:
+    """What episodes from the same start have in common; where objects are placed by the seed, each is another."""
+    return context.env_id, context.init_state, context.seed if context.init_state is None else None
+
+
+def paired_p_value(before: Sequence[bool], after: Sequence[bool], starts: Sequence[Hashable] | None = None) -> float:
+    """Probability of at least so large a change, up or down, if nothing had changed.
+
+    An exact test by all signs of the changes from each start. Where every start is another this is McNemar's test.
 
     Args:
         before: outcomes by context.
         after: outcomes of the same contexts in the same order.
+        starts: where each began; by default from different starts.
     """
-    gained = sum(a and not b for b, a in zip(before, after, strict=True))
-    lost = sum(b and not a for b, a in zip(before, after, strict=True))
-    changed = gained + lost
-    if changed == 0:
-        return 1.0
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
-    return min(1.0, 2 * tail)
+    changes: Counter[Hashable] = Counter()
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        changes[i if starts is None else starts[i]] += int(a) - int(b)
+    chances = {0: 1.0}
+    for change in filter(None, changes.values()):
+        reached: defaultdict[int, float] = defaultdict(float)
+        for total, chance in chances.items():
+            reached[total + change] += chance / 2
+            reached[total - change] += chance / 2
+        chances = reached
+    seen = abs(sum(changes.values()))
+    return min(1.0, sum(chance for total, chance in chances.items() if abs(total) >= seen))
 
 
 def successive_halving(
@@ -122,7 +165,8 @@ def successive_halving(
             break
         count *= 2
     best = min(alive[0], 1.0, key=rank)
-    p_value = before_and_after(results[1.0], results[best])["paired_p"]
+    pairs = [(one, two) for one, two in zip(results[1.0], results[best], strict=True) if None not in (one, two)]
+    p_value = paired_p_value([bool(one) for one, _ in pairs], [bool(two) for _, two in pairs])
     return {
         "chosen": best if p_value < 0.05 / max(1, len(scales) - 1) else 1.0,
         "best": best,
@@ -136,15 +180,24 @@ def by_task(contexts: Sequence[Context], before: Sequence[bool | None], after: S
     """`before_and_after` of each task, where the contexts are of several."""
     tasks = sorted({context.env_id for context in contexts})
     rows = {task: [i for i, context in enumerate(contexts) if context.env_id == task] for task in tasks}
-    return {task: before_and_after([before[i] for i in own], [after[i] for i in own]) for task, own in rows.items()}
-
-
-def before_and_after(before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:
-    """``base``, ``final`` and ``paired_p`` of the same contexts, without those whose environment failed."""
-    pairs = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
-    base, final = [b for b, _ in pairs], [a for _, a in pairs]
     return {
-        "base": success_summary(base),
-        "final": success_summary(final),
-        "paired_p": paired_p_value(base, final),
+        task: before_and_after([contexts[i] for i in own], [before[i] for i in own], [after[i] for i in own])
+        for task, own in rows.items()
+    }
+
+
+def before_and_after(
+    contexts: Sequence[Context], before: Sequence[bool | None], after: Sequence[bool | None]
+) -> dict[str, Any]:
+    """``base``, ``final`` and ``paired_p`` of the same contexts, without those whose environment failed."""
+    rows = [
+        (start_of(context), b, a)
+        for context, b, a in zip(contexts, before, after, strict=True)
+        if b is not None and a is not None
+    ]
+    starts, base, final = [start for start, _, _ in rows], [b for _, b, _ in rows], [a for _, _, a in rows]
+    return {
+        "base": success_summary(base, starts),
+        "final": success_summary(final, starts),
+        "paired_p": paired_p_value(base, final, starts),
     }

@@ -97,9 +97,11 @@ def describe_summary(summary: dict[str, Any]) -> str:
     ]
     seconds = summary["seconds"]
     groups = summary["groups"]
+    tried = summary.get("settings_tried", 1)
     return "\n".join(
         [
-            f"{summary['env']}: success before → after",
+            f"{summary['env']}: success before → after"
+            + (f", the result of one of {tried} settings tried in this folder" if tried > 1 else ""),
             *columns,
             f"  {summary['updates']} updates from {summary['episodes']} episodes ({summary['env_steps']} steps), "
             f"{groups['accepted']} groups accepted, {groups['rejected']} rejected",

@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ript_ray.config import Config, load_config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
@@ -79,6 +81,24 @@ class Run:
             return "not finished; no update yet"
         seen = datetime.fromtimestamp(self.rows[-1]["time"])
         return f"not finished; update {self.rows[-1]['update']}, last heard of {seen:%Y-%m-%d %H:%M:%S}"
+
+
+def settings_tried(run_dir: Path) -> int:
+    """In how many settings training was tried on a run's task, by it and the runs in the same folder.
+
+    Seeds, names, and where and how wide a run ran make no other setting. Whoever picks the best of many has to say so.
+    """
+    own = _what_was_tried(run_dir)
+    beside = [file.parent for file in run_dir.resolve().parent.glob("*/config.yaml")]
+    tried = [_what_was_tried(folder) for folder in beside if (folder / "metrics.jsonl").exists()]
+    distinct = {yaml.safe_dump(settings) for settings in [own, *tried] if settings["env"]["id"] == own["env"]["id"]}
+    return len(distinct)
+
+
+def _what_was_tried(run_dir: Path) -> dict[str, Any]:
+    # As it stands there: a run of an earlier version may have keys that are no more.
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    return {name: settings[name] for name in ("env", "policy", "eval", "sampling", "data", "objective", "train")}
 
 
 def describe_run(run: Run) -> str:

@@ -1,11 +1,13 @@
 import math
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from ript_ray.algos.advantages import (
     against_task,
@@ -20,12 +22,15 @@ from ript_ray.config import Config, EnvConfig, ObjectiveConfig, SamplingConfig
 from ript_ray.errors import UserError
 from ript_ray.evaluation import (
     before_and_after,
+    effective_episodes,
     evaluation_contexts,
     paired_p_value,
+    start_of,
     success_summary,
     successive_halving,
     wilson_interval,
 )
+from ript_ray.types import Context
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=16))
@@ -319,7 +324,8 @@ def test_the_share_that_is_enough_is_rounded_up_once(enough: float, groups: int,
 
 
 def test_before_and_after_leaves_out_what_failed() -> None:
-    result = before_and_after([True, None, False], [True, True, True])
+    contexts = [Context("libero_object/0", state, 1) for state in range(3)]
+    result = before_and_after(contexts, [True, None, False], [True, True, True])
     assert (result["base"]["successes"], result["final"]["successes"], result["base"]["episodes"]) == (1, 2, 2)
 
 
@@ -329,3 +335,47 @@ def test_summary_and_paired_test() -> None:
     # Six gains and no loss: 2·(1/2)^6.
     assert paired_p_value([False] * 6 + [True], [True] * 7) == pytest.approx(2 / 64)
     assert paired_p_value([True], [True]) == 1.0
+
+
+def test_episodes_from_one_start_count_for_as_much_as_they_tell() -> None:
+    starts = [i // 2 for i in range(50)]
+    outcomes = [i % 3 == 0 for i in range(25)]
+    assert effective_episodes([outcomes[start] for start in starts], starts) == pytest.approx(25)  # all by the start
+    assert effective_episodes([i % 2 == 0 for i in range(50)], starts) == 50  # not at all
+    assert effective_episodes([True] * 50, starts) == 50
+    assert effective_episodes(outcomes, range(25)) == 25
+    assert effective_episodes([True, False, True], [0, 0, 0]) == 3
+    assert effective_episodes([], []) == 0
+    # The deviation of a rate of such samples is that of a rate of so many independent ones.
+    rng = np.random.default_rng(0)
+    chances = rng.beta(1.0, 1.0, (4000, 25)).repeat(2, axis=1)  # a correlation of 1 / (1 + 1 + 1)
+    samples = rng.random(chances.shape) < chances
+    deviation = samples.mean(1).std()
+    effective = np.mean([effective_episodes(sample.tolist(), starts) for sample in samples[:1000]])
+    assert effective == pytest.approx(0.25 / deviation**2, rel=0.05)
+    covered = [
+        low <= 0.5 <= high for low, high in (success_summary(list(map(bool, s)), starts)["ci95"] for s in samples)
+    ]
+    assert 0.93 < np.mean(covered) < 0.97
+    naive = [low <= 0.5 <= high for low, high in (wilson_interval(int(s.sum()), 50) for s in samples)]
+    assert np.mean(naive) < 0.92
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), max_size=10))
+def test_the_paired_test_tries_all_signs(rows: list[tuple[bool, bool, int]]) -> None:
+    before, after, starts = ([row[i] for row in rows] for i in range(3))
+    changes = [sum(a - b for b, a, s in rows if s == start) for start in set(starts)]
+    sums = [sum(sign * c for sign, c in zip(signs, changes)) for signs in product((1, -1), repeat=len(changes))]  # noqa: B905
+    expected = np.mean([abs(total) >= abs(sum(changes)) for total in sums])
+    assert paired_p_value(before, after, starts) == pytest.approx(expected)
+    gained, lost = sum(a > b for b, a in zip(before, after)), sum(b > a for b, a in zip(before, after))  # noqa: B905
+    mcnemar = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert paired_p_value(before, after) == pytest.approx(mcnemar)
+
+
+def test_starts_are_told_apart() -> None:
+    official = [Context("libero_object/0", 3, seed) for seed in (1, 2)]
+    random = [Context("libero_object/0", None, seed) for seed in (1, 2)]
+    assert start_of(official[0]) == start_of(official[1])
+    assert start_of(random[0]) != start_of(random[1])
+    assert start_of(official[0]) != start_of(Context("libero_object/1", 3, 1))

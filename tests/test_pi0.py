@@ -167,7 +167,7 @@ def test_learning_reaches_every_tensor_that_matters_and_checkpointing_changes_no
 def test_a_few_steps_of_the_learner_lower_the_loss_and_the_checkpoint_holds_all(tmp_path: object) -> None:
     policy, batch = make_pi0(make_config()), make_batch()
     train = TrainConfig(batch_size=3, micro_batch=2, lr=3e-3, image_shift=0)
-    steps = [Step([lambda: batch[:2], lambda: batch[2:]], 3)] * 40
+    steps = [Step([lambda: batch[:2], lambda: batch[2:]], 3, 3)] * 40
     after, result = update(policy, steps, train, ObjectiveConfig(), torch.Generator().manual_seed(0))
     assert result["loss"] < 0.7 * result["loss_first"]
     save_policy(tmp_path / "p", after)
@@ -184,7 +184,7 @@ def trained_with(**changes: object) -> tuple[dict[str, torch.Tensor], dict[str, 
     before = cpu_weights(policy)
     train = TrainConfig(batch_size=3, micro_batch=3, lr=3e-3, image_shift=0, weight_decay=0.0, **changes)
     after, result = update(
-        policy, [Step([lambda: batch], 3)] * 30, train, ObjectiveConfig(), torch.Generator().manual_seed(0)
+        policy, [Step([lambda: batch], 3, 3)] * 30, train, ObjectiveConfig(), torch.Generator().manual_seed(0)
     )
     assert result["loss"] < result["loss_first"]
     assert [p.requires_grad for p in after.parameters()] == [

@@ -20,7 +20,7 @@ from ript_ray.policies.checkpoints import (
     weights_sha256,
 )
 from ript_ray.policies.flow import FlowPolicy
-from ript_ray.policies.policy import sample_time, shift_images
+from ript_ray.policies.policy import draw_shifts, sample_time, shift_images
 from ript_ray.policies.transform import Transform
 from ript_ray.types import Batch, Window
 
@@ -152,15 +152,16 @@ def test_training_times_follow_their_distribution() -> None:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 32), (32, 20)])
 def test_shifting_moves_pixels_and_repeats_the_border(height: int, width: int) -> None:
     frames = make_batch(4).frames[:, :, :height, :width]
-    shifted = shift_images(frames, 3, torch.Generator().manual_seed(1))
-    offsets = torch.randint(-3, 4, (4, 2, 2), generator=torch.Generator().manual_seed(1))
+    offsets = draw_shifts(4, 2, 3, torch.Generator().manual_seed(1))
+    assert offsets.abs().max() == 3
+    shifted = shift_images(frames, offsets)
     padded = np.pad(frames.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0)), mode="edge")
     for row in range(4):
         for camera in range(2):
             down, right = (3 + offsets[row, camera]).tolist()
             view = padded[row, camera, down : down + height, right : right + width]
             np.testing.assert_array_equal(shifted[row, camera], view)
-    assert torch.equal(shift_images(frames, 0, torch.Generator()), frames)
+    assert torch.equal(shift_images(frames, torch.zeros_like(offsets)), frames)
 
 
 def test_a_saved_policy_loads_with_the_same_bytes_and_acts_the_same(tmp_path: Path) -> None:
@@ -225,18 +226,25 @@ def updated(policy_seed: int, micro: int, **changes: object) -> dict[str, torch.
     policy, batch = make_policy(policy_seed), make_batch(6)
     parts = [lambda i=i: batch[i : i + micro] for i in range(0, 6, micro)]
     settings = config(micro_batch=micro, **changes)
-    update(policy, [Step(parts, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+    update(policy, [Step(parts, 6, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
     return cpu_weights(policy)
 
 
 def test_learning_lowers_the_loss() -> None:
     policy, batch = make_policy(), make_batch(6)
-    steps = [Step([lambda: batch], 6)] * 60
+    steps = [Step([lambda: batch], 6, 6)] * 60
     seen: list[int] = []
     generator = torch.Generator().manual_seed(0)
     _, result = update(policy, steps, config(), ObjectiveConfig(), generator, lambda i, loss: seen.append(i))
     assert result["loss"] < 0.9 * result["loss_first"]
     assert seen == list(range(60))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_of_any_size_give_the_same_update(micro: int) -> None:
+    whole, divided = updated(0, micro=6, image_shift=2), updated(0, micro=micro, image_shift=2)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_is_split_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +280,7 @@ def test_nan_never_reaches_the_weights() -> None:
     batch.actions[0, 0, 0] = float("nan")
     imitation = ObjectiveConfig(name="imitation")
     with pytest.raises(NonFinite, match=r"try a lower train\.lr"):
-        update(policy, [Step([lambda: batch], 6)], config(), imitation, torch.Generator().manual_seed(0))
+        update(policy, [Step([lambda: batch], 6, 6)], config(), imitation, torch.Generator().manual_seed(0))
     assert weights_sha256(cpu_weights(policy)) == before
 
 
@@ -280,7 +288,7 @@ def test_infinite_weights_of_the_last_step_are_not_returned() -> None:
     policy, batch = make_policy(), make_batch(6)
     settings = config(lr=1e37, warmup=1.0, weight_decay=0.0)
     with pytest.raises(NonFinite, match=r"the weights after the last step; try a lower train\.lr"):
-        update(policy, [Step([lambda: batch], 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        update(policy, [Step([lambda: batch], 6, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
 
 
 def test_bfloat16_changes_the_update_by_its_rounding_alone() -> None:
@@ -288,7 +296,7 @@ def test_bfloat16_changes_the_update_by_its_rounding_alone() -> None:
         policy, batch = make_policy(), make_batch(6)
         before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
         settings = config(precision=precision, warmup=1.0)
-        update(policy, [Step([lambda: batch], 6)] * 3, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        update(policy, [Step([lambda: batch], 6, 6)] * 3, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
         return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before
 
     exact, rounded = change("float32"), change("bfloat16")
@@ -299,7 +307,7 @@ def test_bfloat16_changes_the_update_by_its_rounding_alone() -> None:
 def test_the_moving_average_is_one_and_is_published_or_not() -> None:
     def trained(averaging: bool = True, **changes: object) -> tuple[FlowPolicy, FlowPolicy]:
         policy, batch = make_policy(), make_batch(6)
-        steps, generator = [Step([lambda: batch], 6)] * 5, torch.Generator().manual_seed(0)
+        steps, generator = [Step([lambda: batch], 6, 6)] * 5, torch.Generator().manual_seed(0)
         settings = config(warmup=1.0, **changes)
         return policy, update(policy, steps, settings, ObjectiveConfig(), generator, averaging=averaging)[0]
 
@@ -308,7 +316,7 @@ def test_the_moving_average_is_one_and_is_published_or_not() -> None:
     policy, batch = make_policy(), make_batch(6)
     update(
         policy,
-        [Step([lambda: batch], 6)] * 5,
+        [Step([lambda: batch], 6, 6)] * 5,
         config(warmup=1.0),
         ObjectiveConfig(),
         torch.Generator().manual_seed(0),
@@ -333,7 +341,9 @@ def test_an_anchor_holds_the_policy_back_and_its_penalty_is_the_change_of_the_ve
         policy, batch = make_policy(), make_batch(6)
         start = make_policy()
         settings = config(anchor=anchor)
-        update(policy, [Step([lambda: batch], 6)] * 40, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        update(
+            policy, [Step([lambda: batch], 6, 6)] * 40, settings, ObjectiveConfig(), torch.Generator().manual_seed(0)
+        )
         draw = Draw(policy, batch, torch.ones(6, 50, 7), torch.full((6,), 0.5), torch.rand(6))
         old = Draw(start, batch, torch.ones(6, 50, 7), torch.full((6,), 0.5), torch.rand(6))
         valid = batch.valid[..., None].float()

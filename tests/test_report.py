@@ -21,7 +21,7 @@ from ript_ray.config import Config, save_config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import success_summary
 from ript_ray.report import MAX_POINTS, curve, report_html, write_report
-from ript_ray.runs import Run, compare_runs, difference_interval
+from ript_ray.runs import Run, compare_runs, difference_interval, settings_tried
 
 
 def write_run(
@@ -91,6 +91,18 @@ def test_the_page_of_a_long_run_is_small_and_asks_nobody_else(tmp_path: Path) ->
     # The one address in it is the name of a format, which nobody fetches.
     assert set(re.findall(r"https?://[^\"'\s]+", page)) == {"http://www.w3.org/2000/svg"}
     assert page.count("</script>") == 1  # that in the fault's text is escaped
+
+
+def test_the_settings_that_were_tried_are_counted(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 1)
+    write_run(tmp_path / "another seed", 1, seed=1)
+    write_run(tmp_path / "another task", 1, id="libero_object/1")
+    assert settings_tried(tmp_path / "a") == settings_tried(tmp_path / "another task") == 1
+    write_run(tmp_path / "more updates", 2)
+    write_run(tmp_path / "larger frames", 1, image_size=128)
+    assert settings_tried(tmp_path / "a") == settings_tried(tmp_path / "more updates") == 3
+    (tmp_path / "larger frames" / "metrics.jsonl").unlink()  # it never trained
+    assert settings_tried(tmp_path / "a") == 2
 
 
 def test_a_run_tells_its_story_finished_or_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,16 @@ import numpy as np
 
 from ript_ray.evaluation import before_and_after
 from ript_ray.reporting import describe_summary, plot_success, versions, write_json, write_video
+from ript_ray.types import Context
 
 
 def test_a_run_is_shown_as_curve_video_and_words(tmp_path: Path) -> None:
+    contexts = [Context("libero_object/0", state, 1) for state in range(5)]
     summary = {
         "env": "libero_object/0",
         "evaluation": {
-            "held_out": before_and_after([True, False, False, False, None], [True, True, True, False, True]),
-            "shifted": before_and_after([], []),
+            "held_out": before_and_after(contexts, [True, False, False, False, None], [True, True, True, False, True]),
+            "shifted": before_and_after([], [], []),
         },
         "updates": 2,
         "episodes": 24,

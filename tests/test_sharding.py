@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+import learner.update
 from learner.sharding import shard
 from learner.update import Step, update
 from ript_ray.config import ObjectiveConfig, TrainConfig
@@ -63,7 +65,7 @@ def learn(rank: int, folder: Path) -> None:
     for case in CASES:
         for divided in (True, False):
             policy, train, objective = settings_of(case)
-            steps = [Step([lambda b=b: b for b in batches(rank, train.micro_batch)], LEARNERS * ROWS)] * STEPS
+            steps = [Step([lambda b=b: b for b in batches(rank, train.micro_batch)], ROWS, LEARNERS * ROWS)] * STEPS
             generator = torch.Generator().manual_seed(rank)
             anchor = new_policy(CASES[case][0])  # what the policy is before the update
             acting, found = update(
@@ -86,31 +88,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Alternating:
-    """Hands out the micro-batches of all learners in one process, each with the random numbers of its learner."""
+def draw_as_each_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one process draw for the windows of each learner by that learner's random numbers."""
+    generators = [torch.Generator().manual_seed(rank) for rank in range(LEARNERS)]
+    draw = learner.update.Chances.draw
 
-    def __init__(self, micro_batch: int) -> None:
-        self.generator = torch.Generator()
-        self.states = [torch.Generator().manual_seed(rank).get_state() for rank in range(LEARNERS)]
-        self.rank: int | None = None
-        own = [batches(rank, micro_batch) for rank in range(LEARNERS)]
-        loads = [lambda rank=rank, batch=b: self.turn(rank, batch) for rank in range(LEARNERS) for b in own[rank]]
-        self.step = Step(loads, LEARNERS * ROWS)
+    def draw_all(terms: Any, rows: int, cameras: int) -> Any:
+        assert rows == LEARNERS * ROWS
+        parts = [draw(replace(terms, generator=generator), ROWS, cameras) for generator in generators]
+        assert all(part.shifts is None for part in parts)
+        return learner.update.Chances(
+            None, *(torch.cat([getattr(part, name) for part in parts]) for name in ("noise", "time", "uniform"))
+        )
 
-    def turn(self, rank: int, batch: Batch) -> Batch:
-        if self.rank is not None:
-            self.states[self.rank] = self.generator.get_state()
-        self.generator.set_state(self.states[rank])
-        self.rank = rank
-        return batch
+    monkeypatch.setattr(learner.update.Chances, "draw", staticmethod(draw_all))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_learners_do_what_one_does(case: str, folder: Path) -> None:
+def test_two_learners_do_what_one_does(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, train, objective = settings_of(case)
     before = cpu_weights(policy)
-    alternating = Alternating(train.micro_batch)
-    acting, found = update(policy, [alternating.step] * STEPS, train, objective, alternating.generator)
+    draw_as_each_learner(monkeypatch)
+    loads = [lambda b=b: b for rank in range(LEARNERS) for b in batches(rank, train.micro_batch)]
+    step = Step(loads, LEARNERS * ROWS, LEARNERS * ROWS)
+    acting, found = update(policy, [step] * STEPS, train, objective, torch.Generator())
     alone = cpu_weights(acting)
     assert any(not torch.equal(before[name], alone[name]) for name in before)
     for divided in (True, False):

@@ -171,12 +171,15 @@ def sample_time(count: int, generator: torch.Generator) -> torch.Tensor:
     return 0.999 * torch.rand(count, generator=generator) ** (1 / 1.5) + 0.001
 
 
-def shift_images(frames: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Augmentation: shift each row's frames (uint8[B, C, H, W, 3]) by up to ``pixels``, repeating the border."""
-    if pixels == 0:
-        return frames
+def draw_shifts(count: int, cameras: int, pixels: int, generator: torch.Generator) -> torch.Tensor:
+    """By how much each of ``count`` rows' frames are shifted, down and right: int64[count, C, 2], up to ``pixels``."""
+    return torch.randint(-pixels, pixels + 1, (count, cameras, 2), generator=generator)
+
+
+def shift_images(frames: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Augmentation: frames (uint8[B, C, H, W, 3]) shifted by `draw_shifts`, repeating the border."""
     cameras, height, width = frames.shape[1:4]
-    offsets = torch.randint(-pixels, pixels + 1, (len(frames), cameras, 2), generator=generator).to(frames.device)
+    offsets = shifts.to(frames.device)
     rows = (torch.arange(height, device=frames.device) + offsets[..., :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=frames.device) + offsets[..., 1:]).clamp(0, width - 1)
     batch = torch.arange(len(frames), device=frames.device)[:, None, None, None]

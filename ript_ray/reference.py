@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from ript_ray.config import Config, _Section
+from ript_ray.config import Config
+from ript_ray.config.section import Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 _HEAD = """# All settings
@@ -18,7 +19,7 @@ _HEAD = """# All settings
 Every command takes `--config FILE` and `section.key=value`; files in `configs/` show the usual ones. An unknown key or
 a wrong value is an error before anything starts. The column "default" holds for keys that neither names. A command
 without `--config` reads `configs/default.yaml`, which changes some of them; another file replaces that one and does not
-extend it. This page is made from `ript_ray/config.py` by `python -m ript_ray.reference`.
+extend it. This page is made from `ript_ray/config/` by `python -m ript_ray.reference`.
 """
 
 
@@ -26,7 +27,7 @@ def configuration_page() -> str:
     """Sections with a table each: key, type and bounds, default, meaning."""
     parts = [_HEAD]
     for name, field in Config.model_fields.items():
-        section: type[_Section] = field.annotation  # type: ignore[assignment]
+        section: type[Section] = field.annotation  # type: ignore[assignment]
         lines = [f"## {name}", (section.__doc__ or "").strip(), ""]
         lines += ["| key | expected | default | meaning |", "|---|---|---|---|"]
         for key, setting in section.model_fields.items():

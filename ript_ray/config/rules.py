@@ -1,0 +1,207 @@
+"""What settings must hold together. Each rule raises a ValueError that names keys, values and a way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ript_ray.config.job import INIT_STATES
+from ript_ray.config.learning import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from ript_ray.config import Config
+
+_COMPARE = ("fpo", "nft", "flow_sde")
+"""Objectives that compare with what the policy answered when it acted."""
+
+
+def check(config: Config) -> None:
+    """Apply all rules.
+
+    Raises:
+        ValueError: for the first that does not hold.
+    """
+    for rule in (_states, _budget, _goal, _asynchrony, _actors, _learners, _samples, _weights, _versions, _guidance):
+        rule(config)
+
+
+def _states(config: Config) -> None:
+    train, held_out = config.env.train_init_states, config.env.eval_init_states
+    for name, (first, end) in (("train", train), ("eval", held_out)):
+        if not 0 <= first < end <= INIT_STATES:
+            raise ValueError(
+                f"env.{name}_init_states=[{first}, {end}]: expected 0 <= first < end <= {INIT_STATES}, the number "
+                "of initial states of each task"
+            )
+    if max(train[0], held_out[0]) < min(train[1], held_out[1]):
+        raise ValueError(
+            f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "
+            "a policy must not be trained on the states it is evaluated on"
+        )
+
+
+def _budget(config: Config) -> None:
+    sampling = config.sampling
+    if sampling.max_groups < sampling.groups:
+        raise ValueError(f"sampling.max_groups={sampling.max_groups} is less than sampling.groups={sampling.groups}")
+
+
+def _goal(config: Config) -> None:
+    goal, target = config.train.stop_at, config.sampling.target_success
+    if goal is not None and target is not None and target <= goal:
+        raise ValueError(
+            f"train.stop_at={goal:g} with sampling.target_success={target:g}: initial states are chosen so that "
+            "about so many rollouts succeed, so the goal would not be reached; set one of them alone"
+        )
+
+
+def _asynchrony(config: Config) -> None:
+    train = config.train
+    if train.mode == "async" and train.lead > train.max_staleness:
+        raise ValueError(
+            f"train.lead={train.lead} is more than train.max_staleness={train.max_staleness}; "
+            "what is collected so far ahead would never be trained on"
+        )
+    if train.mode == "async" and not config.scaling.ray:
+        raise ValueError("scaling.ray=false with train.mode=async: one process can only collect and learn in turn")
+
+
+def _actors(config: Config) -> None:
+    scaling = config.scaling
+    if config.policy.compiled and not scaling.ray:
+        raise ValueError("policy.compiled=true with scaling.ray=false: only rollout actors compile; set one of them")
+    if scaling.min_actors is not None and scaling.min_actors > scaling.actors:
+        raise ValueError(f"scaling.min_actors={scaling.min_actors} is more than scaling.actors={scaling.actors}")
+    if scaling.min_actors is not None and not (scaling.actor_labels and scaling.learner_labels):
+        raise ValueError(
+            f"scaling.min_actors={scaling.min_actors} without scaling.actor_labels and scaling.learner_labels: "
+            "actors that wait for room could take the learners'; say which nodes are whose"
+        )
+    if config.run.storage and not scaling.ray:
+        raise ValueError(f"run.storage={config.run.storage!r} with scaling.ray=false: such a run is not resumed")
+
+
+def _learners(config: Config) -> None:
+    train, scaling = config.train, config.scaling
+    if train.batch_size % max(1, scaling.learners):
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is not divisible by scaling.learners={scaling.learners}; every "
+            "learner needs the same share"
+        )
+    if train.shard and (scaling.learners < 2 or not scaling.ray):
+        raise ValueError(
+            f"train.shard=true with scaling.learners={scaling.learners}, scaling.ray={str(scaling.ray).lower()}: "
+            "expected two learners or more, which divide the weights among them, and scaling.ray=true"
+        )
+    if scaling.learner_gpus > 0 and (scaling.learners == 0 or not scaling.ray):
+        raise ValueError(
+            f"scaling.learner_gpus={scaling.learner_gpus:g} with scaling.learners={scaling.learners}, scaling.ray="
+            f"{str(scaling.ray).lower()}: without learner workers an update runs on the CPU; set "
+            "scaling.learner_gpus=0"
+        )
+    if scaling.learners > 1 and 0 < scaling.learner_gpus < 1:
+        raise ValueError(
+            f"scaling.learner_gpus={scaling.learner_gpus:g} with scaling.learners={scaling.learners}: Ray may give "
+            "two learners shares of the same GPU, which NCCL refuses; expected whole ones, scaling.learner_gpus=1"
+        )
+
+
+def _samples(config: Config) -> None:
+    """Are they such that the objective can learn from them?"""
+    name, data, policy = config.objective.name, config.data, config.policy
+    if name == "flow_sde" and policy.explore == 0.0:
+        raise ValueError(
+            f"objective.name=flow_sde with policy.explore={policy.explore:g}: expected more than 0, for "
+            "example 0.5; it learns from the stochastic steps of rollouts"
+        )
+    if name in _COMPARE and data.windows != "seen":
+        raise ValueError(
+            f"objective.name={name} with data.windows={data.windows}: it compares with what the policy answered to "
+            "what it saw; set data.windows=seen"
+        )
+    if name in _COMPARE and policy.action_noise > 0:
+        raise ValueError(
+            f"policy.action_noise={policy.action_noise:g} with objective.name={name}: it compares with what the "
+            "policy answered, which is not what was executed then; set policy.action_noise=0"
+        )
+    if name in _COMPARE and data.demo_share > 0:
+        raise ValueError(
+            f"data.demo_share={data.demo_share:g} with objective.name={name}: it compares with what the policy "
+            "answered, and demonstrations have no such answer; set data.demo_share=0"
+        )
+    shown = round(data.demo_share * config.train.batch_size)
+    if data.demo_share > 0 and not 0 < shown < config.train.batch_size:
+        raise ValueError(
+            f"data.demo_share={data.demo_share:g} of train.batch_size={config.train.batch_size} are {shown} windows "
+            "of demonstrations; expected some of both kinds in each batch"
+        )
+
+
+def _weights(config: Config) -> None:
+    """Does how advantages become weights suit the objective?"""
+    objective = config.objective
+    if objective.name == "advantage_weighted" and objective.negatives == "keep":
+        raise ValueError(
+            "objective.negatives=keep with objective.name=advantage_weighted: where advantages are negative the "
+            "loss has no bound, and diverges; set objective.negatives=hinge (or relu, exp, softplus, clamp, abs)"
+        )
+    if objective.negatives == "hinge" and objective.name != "advantage_weighted":
+        raise ValueError(
+            f"objective.negatives=hinge with objective.name={objective.name}: only advantage_weighted bounds the "
+            "loss of single samples; choose another of objective.negatives"
+        )
+    soft = ("exp", "softplus", "clamp", "abs")
+    if objective.name == "advantage_weighted" and objective.fastest < 1.0 and objective.negatives in soft:
+        raise ValueError(
+            f"objective.fastest={objective.fastest:g} with objective.negatives={objective.negatives}: a slow "
+            "success would have no weight, and a failure some; set objective.fastest=1, or "
+            "objective.negatives=relu or hinge"
+        )
+    if objective.name in _COMPARE and objective.negatives == "abs":
+        raise ValueError(
+            f"objective.negatives=abs with objective.name={objective.name}: it would make failures likelier, as "
+            "much as successes; set objective.negatives=keep"
+        )
+    if objective.name in ("cfg", "label_dropout", "imitation"):
+        for key in ("normalise", "clip", "negatives"):
+            if getattr(objective, key) != ObjectiveConfig.model_fields[key].default:
+                raise ValueError(
+                    f"objective.{key}={getattr(objective, key)} with objective.name={objective.name}: it asks only "
+                    "whether an advantage is positive; choose advantage_weighted, nft, fpo or flow_sde"
+                )
+
+
+def _versions(config: Config) -> None:
+    """Were samples made by the policies that the objective compares with? In a single update they are."""
+    name, train = config.objective.name, config.train
+    if train.updates == 1:
+        return
+    if name in ("fpo", "nft") and (train.restart or train.max_staleness > 0):
+        raise ValueError(
+            f"objective.name={name} with train.restart={str(train.restart).lower()} and "
+            f"train.max_staleness={train.max_staleness}: it compares with the policy before the update, which "
+            "must have made the samples; set train.restart=false train.max_staleness=0"
+        )
+    if name == "flow_sde" and train.restart:
+        raise ValueError(
+            "objective.name=flow_sde with train.restart=true: to the starting policy, what later ones did is so "
+            "unlikely that its ratio is clipped and teaches nothing; set train.restart=false"
+        )
+    if name in ("fpo", "nft") and train.ema > 0 and train.act_with_ema:
+        raise ValueError(
+            f"objective.name={name} with train.ema={train.ema:g} and train.act_with_ema=true: it compares with the "
+            "weights before the update, and their average made the samples; set train.act_with_ema=false"
+        )
+
+
+def _guidance(config: Config) -> None:
+    """Are both branches trained, if there is to be guidance?"""
+    objective = config.objective
+    branches = objective.name in ("cfg", "imitation", "advantage_weighted")
+    if objective.name not in _COMPARE and not (branches and objective.alpha == 0.0):
+        return
+    for key, scale in (("policy.guidance", config.policy.guidance), ("eval.guidance", config.eval.guidance)):
+        if scale != 1.0:
+            raise ValueError(
+                f"{key}={scale:g} with objective.name={objective.name}, objective.alpha={objective.alpha:g}: "
+                f"only one of the two branches is trained, there is nothing to guide by; set {key}=1"
+            )

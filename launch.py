@@ -29,18 +29,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
-    from ript_ray.config import Config, load_config, resolve, save_config
+    from ript_ray.config import Config, load_config, resolve
     from ript_ray.errors import UserError
     from ript_ray.tools import TOOLS, run_tool
 except ModuleNotFoundError as missing:
@@ -60,10 +58,6 @@ log = logging.getLogger("ript_ray")
 
 COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
-_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray for the driver of a submitted job."""
-_JOB_RUNS = "/var/tmp/ript_ray"
-"""Where runs of jobs go that name no folder: their own is deleted when they end."""
 _NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
@@ -138,6 +132,7 @@ def train_until_it_fails(
     from learner.loop import learner_group
     from ript_ray.data.demonstrations import demonstrations_to_show
     from ript_ray.policies.checkpoints import newest_policy
+    from ript_ray.policies.starting import keep_starting_policy
     from ript_ray.report import LiveReport
     from ript_ray.runs import settings_tried
     from ript_ray.types import EpisodeReport
@@ -205,6 +200,7 @@ def train_until_it_fails(
 def train_without_ray(config: Config, run_dir: Path) -> dict[str, Any]:
     """The same as `train` in this process alone."""
     from learner.alone import train_alone
+    from ript_ray.policies.starting import load_starting_policy
     from ript_ray.reporting import describe_rate, write_json
     from ript_ray.runs import settings_tried
 
@@ -330,57 +326,13 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def keep_starting_policy(config: Config, run_dir: Path) -> Policy:
-    """The policy that a run begins with, of which it keeps a copy: the checkpoint may be another when it goes on."""
-    from ript_ray.policies.checkpoints import save_policy
-
-    kept = run_dir / "start"
-    if kept.exists() and (run_dir / "journal.jsonl").exists():  # else it is of a run that never began
-        return load_starting_policy(config, kept)
-    policy = load_starting_policy(config)
-    save_policy(kept, policy)
-    return policy
-
-
-def load_starting_policy(config: Config, folder: Path | None = None) -> Policy:
-    """The policy of ``policy.checkpoint``, which must have been trained on frames of ``env.image_size``.
-
-    Args:
-        config: the whole configuration.
-        folder: where it is instead, if not there.
-    """
-    from ript_ray.policies.checkpoints import load_policy
-
-    policy = load_policy(folder or resolve(config.policy.checkpoint))
-    size = policy.transform.frame_size
-    if size not in (None, config.env.image_size):
-        raise UserError(
-            f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r} was trained on "
-            f"{size}×{size} pixels; set env.image_size={size}"
-        )
-    policy.transform.check_frame_size(
-        f"env.image_size={config.env.image_size}: policy.checkpoint={config.policy.checkpoint!r}", config.env.image_size
-    )
-    for key, scale in (("policy.guidance", config.policy.guidance), ("eval.guidance", config.eval.guidance)):
-        if scale != 1 and not policy.conditional:
-            raise UserError(
-                f"{key}={scale:g}: policy.checkpoint={config.policy.checkpoint!r} was converted with "
-                "convert.condition=none, so there is nothing to guide by; set it to 1, or convert again"
-            )
-    if config.policy.execute > policy.horizon:
-        raise UserError(
-            f"policy.execute={config.policy.execute}: policy.checkpoint={config.policy.checkpoint!r} predicts chunks "
-            f"of {policy.horizon}; set policy.execute={policy.horizon} or less"
-        )
-    return policy
-
-
 @contextlib.contextmanager
 def players(config: Config, run_dir: Path) -> Iterator[Any]:
     """The coordinator of a session that plays episodes with ``policy.checkpoint`` and learns nothing."""
     from actors.coordinator import Coordinator
     from cluster.monitor import Monitor
     from cluster.session import ResourcePlan, ray_session, spawn
+    from ript_ray.policies.starting import load_starting_policy
 
     policy = load_starting_policy(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
@@ -405,50 +357,6 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
     return store, *start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 
-def make_folder(folder: Path, key: str) -> None:
-    """Create a folder for results before work starts, not when they are there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: cannot create the folder {str(folder)!r}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{key}: cannot write into the folder {str(folder)!r}; choose another, or change its permissions"
-        )
-
-
-def make_run_dir(config: Config, command: str, resuming: bool) -> Path:
-    """Create the run directory and write the resolved configuration into it, unless a run in it is resumed."""
-    from actors.journal import wait_until_free
-
-    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    in_job = _RAY_JOB in os.environ
-    run_dir = Path(config.run.dir) if config.run.dir else Path(_JOB_RUNS if in_job else "runs") / name
-    if in_job:
-        from cluster.submit import check_run_dir
-
-        check_run_dir(str(run_dir))
-    if (run_dir / "summary.json").exists():
-        raise UserError(f"run.dir={str(run_dir)!r} holds a finished run; choose another directory")
-    if resuming:
-        wait_until_free(run_dir)
-    else:
-        if command == "train" and (run_dir / "journal.jsonl").exists():
-            raise UserError(
-                f"run.dir={str(run_dir)!r} holds a run that has not finished; go on with it: python launch.py train "
-                f"--resume {run_dir}; or choose another directory"
-            )
-        if any((run_dir / name).exists() for name in ("journal.jsonl", "checkpoints")):
-            raise UserError(f"run.dir={str(run_dir)!r} holds another run; choose another directory")
-        make_folder(run_dir, "run.dir")
-        save_config(config, run_dir / "config.yaml")
-    logging.basicConfig(
-        filename=run_dir / "run.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    log.info("%s in %s, configuration in config.yaml", command, run_dir)
-    return run_dir
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line says; the exit code is 0, 1 when ``doctor`` finds something, 2 when it cannot be done,
     mostly for a mistake in the input, 130 when it was stopped.
@@ -468,6 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         if options.json:
+            from ript_ray.reporting import make_folder
+
             make_folder(options.json.parent, "--json")
             if options.json.is_dir():
                 raise UserError(f"--json {options.json}: is a folder; expected the file to write the result to")
@@ -503,39 +413,31 @@ def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{settings[0]!r}: a run is resumed with its own configuration, {run_dir / 'config.yaml'}")
     if not (run_dir / "journal.jsonl").exists():
         raise UserError(f"--resume {run_dir}: no journal.jsonl there; expected a directory that train made")
-    config = load_config(run_dir / "config.yaml", [f"run.dir={run_dir}"])
-    return train(config, make_run_dir(config, command, resuming=True))
+    return go_on(load_config(run_dir / "config.yaml", [f"run.dir={run_dir}"]), run_dir)
 
 
-def go_on(config: Config) -> dict[str, Any] | None:
-    """The result of the run that is in ``run.dir``, which is finished first if need be; None when there is none.
+def go_on(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Finish the run in a directory, once no process of its last session is left."""
+    from actors.journal import wait_until_free
+    from cluster.rundir import reopened_run_dir
 
-    Raises:
-        UserError: when that run has other settings than these, except for where and how wide it runs.
-    """
+    reopened = reopened_run_dir(run_dir)
+    wait_until_free(reopened)
+    return train(config, reopened)
+
+
+def finish_or_find(config: Config) -> dict[str, Any] | None:
+    """The result of the run in ``run.dir``, which is finished first if need be; None when there is none."""
     from cluster.plan import fit_actors
-    from cluster.storage import restore
-    from ript_ray.runs import Run
+    from cluster.rundir import run_to_go_on_with
 
-    if config.run.dir is None:
-        raise UserError("run.resume=true without run.dir: expected the folder of the run to go on with")
-    run_dir = Path(config.run.dir)
-    if not (run_dir / "journal.jsonl").exists():
-        if config.run.storage is None or not restore(config.run.storage, run_dir):
-            return None
-        print(f"{run_dir}: goes on from {config.run.storage}")
-    run = Run.load(run_dir)
-    changed = run.changed_by(config)
-    other = [key for key in changed if key == "run.seed" or key.partition(".")[0] not in ("run", "scaling")]
-    if other:
-        raise UserError(
-            f"run.resume=true: the run in run.dir={str(run_dir)!r} has another {', '.join(other)}; give the same "
-            "settings, or another run.dir"
-        )
-    if run.summary is not None:
-        print(f"{run_dir}: {run.state()}")
-        return run.summary
-    return train(fit_actors(config), make_run_dir(config, "train", resuming=True))
+    run = run_to_go_on_with(config)
+    if run is None:
+        return None
+    if run.summary is None:
+        return go_on(fit_actors(config), run.folder)
+    print(f"{run.folder}: {run.state()}")
+    return run.summary
 
 
 def default_config(command: str, settings: list[str]) -> Path:
@@ -564,6 +466,8 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return run_tool(command, subjects, config)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
+    from cluster.rundir import new_run_dir
+
     if command == "doctor":
         from cluster.doctor import examine
 
@@ -580,18 +484,18 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.tune import search, search_space
 
         space = search_space(config, config_file, settings)
-        return search(config, space, config_file, settings, make_run_dir(config, command, resuming=False))
-    if command == "train" and config.run.resume and (earlier := go_on(config)) is not None:
+        return search(config, space, config_file, settings, new_run_dir(config, command))
+    if command == "train" and config.run.resume and (earlier := finish_or_find(config)) is not None:
         return earlier
     if command == "train" and ":" in config.objective.name:
         from ript_ray.algos.objectives import find_objective
 
         find_objective(config.objective.name)
     if command == "train" and not config.scaling.ray:
-        return train_without_ray(config, make_run_dir(config, command, resuming=False))
+        return train_without_ray(config, new_run_dir(config, command))
     config = fit_actors(config)
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
-    return commands[command](config, make_run_dir(config, command, resuming=False))
+    return commands[command](config, new_run_dir(config, command))
 
 
 if __name__ == "__main__":

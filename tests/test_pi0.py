@@ -13,7 +13,6 @@ from conftest import INSTRUCTION, make_trajectory
 from torch.nn import functional as F
 
 from benchmarks.policy import measure_policy
-from launch import load_starting_policy
 from learner.update import Step, update
 from ript_ray.algos.objectives import Draw
 from ript_ray.config import Config, ObjectiveConfig, TrainConfig
@@ -33,6 +32,7 @@ from ript_ray.policies.pi0.layout import from_openpi, to_openpi
 from ript_ray.policies.pi0.policy import Pi0Config, Pi0Policy, VisionSizes
 from ript_ray.policies.pi0.prompt import PromptTokenizer, prompt_tokens
 from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of, resize_with_pad
+from ript_ray.policies.starting import load_starting_policy
 from ript_ray.types import Batch, Window
 
 SENTENCES = ["pick up the alphabet soup and place it in the basket", "open the top drawer", "turn on the stove"]

@@ -216,7 +216,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     """Success rate of ``policy.checkpoint`` on held-out initial states."""
     import ray
 
-    from ript_ray.evaluation import evaluation_contexts, start_of, success_summary
+    from ript_ray.evaluation import evaluation_contexts, success_summary
     from ript_ray.reporting import describe_rate, versions
 
     with players(config, run_dir) as coordinator:
@@ -225,7 +225,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
         renderer = ray.get(actor.renderer.remote(), timeout=60)
     contexts, columns = evaluation_contexts(config), {}
     for name, results in outcome["results"].items():
-        played = [(r, start_of(c)) for r, c in zip(results, contexts[name], strict=True) if r is not None]
+        played = [(r, c.start) for r, c in zip(results, contexts[name], strict=True) if r is not None]
         columns[name] = success_summary([result for result, _ in played], [start for _, start in played])
     print(config.env.id)
     for name, result in columns.items():

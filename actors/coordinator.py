@@ -26,9 +26,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ import ray
 
 from actors.collection import Collection
 from actors.dispatcher import Dispatcher, Episode, Outcome
+from actors.episode_files import EpisodeFiles
 from actors.journal import Journal
+from actors.metric_rows import MetricRows
+from actors.progress import Progress
+from actors.totals import Totals
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.config import Config
-from ript_ray.data.lines import append_json_line, read_json_lines
-from ript_ray.data.storage import forget_trajectory, load_trajectory
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts, success_summary
 from ript_ray.types import Context, EpisodeReport
@@ -51,28 +53,6 @@ from ript_ray.types import Context, EpisodeReport
 log = logging.getLogger("ript_ray")
 
 _LEARNERS_LOST = "the learner group was lost"
-_SPARE_VERSIONS = 2
-"""Episodes stay whole a little longer: should the newest checkpoints be damaged, they are trained on again."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    episodes: int = 0
-    env_steps: int = 0
-    surplus: int = 0
-    """Played, but of groups that were no longer wanted."""
-    frames: int = 0
-    """Rendered because a policy looked."""
-    eager_frames: int = 0
-    """That rendering every step would have taken."""
-    errors: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("physics", "render", "inference"), 0.0))
-    weights_wait_s: float = 0.0
-    """That episodes waited for weights, all together."""
-    longest_weights_wait_s: float = 0.0
-    rollout_s: float = 0.0
-    ended_by: Counter[str] = field(default_factory=Counter)
-    """How often each quota or budget ended the rollouts of an update."""
 
 
 @ray.remote(num_cpus=0, max_concurrency=4)
@@ -108,22 +88,19 @@ class Coordinator:
         busy = -(-(len(actors) + len(absent)) // config.sampling.group_size)
         self._busy_groups: int = self._journal.settle("busy_groups", busy)
         """That keep every actor busy. Which groups there are depends on it, so a wider session does not change it."""
-        self._metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._asynchronous = config.train.mode == "async"
         self._version = 0
         """Of weights that are published; there may be newer ones."""
-        self._accepted: deque[tuple[int, int]] = deque()
-        """Version and number of the episodes that are whole on disk, to be trained on."""
+        self._files = EpisodeFiles(self._journal, config.train.max_staleness)
         self._open: dict[int, Group] = {}
         self._rollouts: dict[int, list[Outcome]] = {}
         """Groups that are still rolled out when an update has enough, and their rollouts: the next update's, in
         ``async`` mode."""
         for fault in survived:
             self._journal.fault(fault)
-        self._totals = _Totals(errors=[*self._journal.faults, *survived])
-        self._rows = [] if self._metrics is None else read_json_lines(self._metrics, repair=True)
-        self._logged = {_row_key(row) for row in self._rows}
+        self._totals = Totals(errors=[*self._journal.faults, *survived])
+        self._rows = MetricRows(None if run_dir is None else run_dir / "metrics.jsonl")
         self._newest: dict[bool, tuple[int, Any]] = {}
         """By success, the step that the newest rollout is of, and its reference."""
         self._diagnosis: str | None = None
@@ -132,11 +109,7 @@ class Coordinator:
         self._learner_starts = 0
         self._learnt_at = time.monotonic()
         self._lock = threading.Lock()
-        self._stage = "starting"
-        self._done = 0
-        self._expected = 0
-        self._shares = _planned_work(config, training=pool is not None)
-        self._finished = dict.fromkeys(self._shares, 0.0)
+        self._progress = Progress(config, training=pool is not None)
 
     def __repr__(self) -> str:
         return "Coordinator"
@@ -148,7 +121,7 @@ class Coordinator:
         self._version, _ = self._ask(self._store.newest_version.remote())
         for step in range(config.train.updates):
             if not self._asynchronous:
-                self._enter("waiting for weights", 0)
+                self._progress.enter("waiting for weights", 0)
                 self._wait_for_weights(step)
                 self._version = max(self._version, step)
             if self._collect(step, dispatcher):
@@ -161,7 +134,7 @@ class Coordinator:
                 # The learner may start: frames come in the order in which it needs them.
                 references = dispatcher.render(jobs)
                 self._ask(self._pool.rendering.remote(jobs, references))
-        self._enter("learning", 0)
+        self._progress.enter("learning", 0)
 
     def evaluate(self, stage: str, keep: int = 0) -> dict[str, Any]:
         """Play the held-out contexts with the newest weights.
@@ -189,7 +162,7 @@ class Coordinator:
     ) -> tuple[list[bool | None], dict[bool, dict[int, Any]]]:
         dispatcher = self._next_dispatcher()
         position = {context: i for i, context in enumerate(contexts)}
-        self._enter(stage, len(contexts))
+        self._progress.enter(stage, len(contexts))
         for context in contexts:
             dispatcher.submit(Episode(-1, context, guidance))
         results: list[bool | None] = [None] * len(contexts)
@@ -202,33 +175,19 @@ class Coordinator:
             results[i] = report.success
             self._note(report)
             if len(kept[report.success]) < keep:
-                kept[report.success][i] = self._reference(outcome)
+                kept[report.success][i] = self._files.reference(outcome, self._version)
             else:
-                self._forget(outcome.episode.number)
+                self._files.forget(outcome.episode.number)
         self._totals.errors += dispatcher.errors
         return results, kept
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a row of metrics (learners call this), unless an earlier session had it."""
-        with self._lock:
-            if _row_key(row) in self._logged:
-                return
-            timed = {"time": time.time()} | row
-            if self._metrics is not None:
-                append_json_line(self._metrics, timed)
-            self._logged.add(_row_key(row))
-            self._rows.append(timed)
+        self._rows.add(row)
 
     def progress(self, seen: int) -> dict[str, Any]:
         """What happens now, and the rows of metrics after the first ``seen``."""
-        with self._lock:
-            return {
-                "stage": self._stage,
-                "done": self._done,
-                "expected": self._expected,
-                "fraction": sum(self._shares[k] * self._finished[k] for k in self._shares),
-                "rows": self._rows[seen:],
-            }
+        return self._progress.now() | {"rows": self._rows.after(seen)}
 
     def newest(self) -> dict[bool, tuple[int, list[Any]]]:
         """The newest rollout for training that failed, and that succeeded: its update, and its reference in a list."""
@@ -241,23 +200,13 @@ class Coordinator:
 
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
-        totals = self._totals
-        return {
-            "episodes": totals.episodes,
-            "env_steps": totals.env_steps,
-            "surplus": totals.surplus,
-            "errors": totals.errors,
+        totals = self._totals.summary()
+        totals["seconds"]["earlier"] = self._journal.seconds_before
+        return totals | {
             "sessions": self._journal.sessions,
             "best": self._best(),
             "skipped_states": self._sampler.skipped,
-            "collections_ended_by": dict(totals.ended_by),
             "set_aside": [asdict(entry) for entry in self._sampler.aside],
-            "frames": {"looked": totals.frames, "eager": totals.eager_frames},
-            "seconds": {"rollout": totals.rollout_s, "earlier": self._journal.seconds_before} | totals.seconds,
-            "weights_wait_s": {
-                "mean": totals.weights_wait_s / max(1, totals.episodes),
-                "max": totals.longest_weights_wait_s,
-            },
         }
 
     def learners_started(self, step: int) -> None:
@@ -286,13 +235,9 @@ class Coordinator:
         return sorted((version for version in low if version > 0), key=lambda version: (-low[version], -version))
 
     def learning(self, step: int, done: int, expected: int) -> None:
-        """Progress of the learner, which calls this; rollouts that run meanwhile are shown rather."""
-        stage = f"update {step + 1}: learning"
+        """Progress of the learner, which calls this."""
         self._learnt_at = time.monotonic()
-        with self._lock:
-            self._finished[stage] = done / expected
-            if not self._stage.endswith("rollouts"):
-                self._stage, self._done, self._expected = stage, done, expected
+        self._progress.learning(step, done, expected)
 
     def _best(self) -> dict[str, Any] | None:
         """The update whose weights did best in rollouts, and how well, as far as there were rollouts."""
@@ -314,7 +259,7 @@ class Coordinator:
             Whether the goal ``train.stop_at`` is reached.
         """
         config = self._config.sampling
-        self._enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
+        self._progress.enter(f"update {step + 1}: rollouts", config.groups * config.group_size)
         now = Collection(config, step, in_order=not self._asynchronous)
         if self._asynchronous:
             now.groups, now.finished, now.opened = self._open, self._rollouts, len(self._open)
@@ -338,7 +283,7 @@ class Coordinator:
             for outcomes in now.finished.values():
                 self._totals.surplus += len(outcomes)
                 for outcome in outcomes:
-                    self._forget(outcome.episode.number)
+                    self._files.forget(outcome.episode.number)
         errors = dispatcher.errors[errors_before:]
         self._totals.rollout_s += seconds
         self._totals.ended_by[ended_by] += 1
@@ -398,10 +343,10 @@ class Coordinator:
         """Note a finished rollout, and judge the groups that are complete now."""
         assert outcome.report is not None
         self._note(outcome.report)
-        self._forget_stale()
+        self._files.forget_stale(self._version)
         if outcome.episode.tag not in now.groups:
             self._totals.surplus += 1
-            self._forget(outcome.episode.number)
+            self._files.forget(outcome.episode.number)
             return
         if outcome.reference is not None:
             with self._lock:
@@ -429,7 +374,7 @@ class Coordinator:
         references = []
         try:
             if is_kept(rewards, self._config.objective):
-                references = [self._reference(outcome) for outcome in members]
+                references = [self._files.reference(outcome, self._version) for outcome in members]
         except UserError as error:  # `run.storage` may have an episode as it became after the journal was copied
             fault = f"group {group.id} is not trained on: {error}"
             self._totals.errors.append(fault)
@@ -438,44 +383,14 @@ class Coordinator:
         accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))
         if accepted:
             now.accepted += 1
-            self._accepted.extend((o.report.policy_version, o.episode.number) for o in members if o.report is not None)
+            self._files.accept(members)
             return
         if rewards.all():
             now.all_succeeded += 1
         else:
             now.all_failed += 1
         for outcome in members:
-            self._forget(outcome.episode.number)
-
-    def _reference(self, outcome: Outcome) -> Any:
-        """Of the trajectory; one that was played in an earlier session is read from its file, if an update needs it."""
-        file = self._journal.episode_file(outcome.episode.number)
-        if outcome.reference is not None or file is None:
-            return outcome.reference
-        assert outcome.report is not None
-        if outcome.report.policy_version < self._version - self._config.train.max_staleness:
-            return None
-        return ray.put(load_trajectory(file))
-
-    def _forget(self, number: int) -> None:
-        """Leave only the record of an episode that nothing will be learnt from."""
-        file = self._journal.episode_file(number)
-        # Actors that are only simulated write none (benchmarks/control.py).
-        if file is not None and file.exists() and not self._journal.replaying:
-            try:
-                forget_trajectory(file)
-            except (OSError, UserError):  # nobody needs it, whole or damaged
-                log.exception("%s was left as it is", file)
-
-    def _forget_stale(self) -> None:
-        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come.
-
-        Those of earlier sessions were forgotten then.
-        """
-        oldest = self._version - self._config.train.max_staleness - _SPARE_VERSIONS
-        for _ in range(2):
-            if self._accepted and self._accepted[0][0] < oldest:
-                self._forget(self._accepted.popleft()[1])
+            self._files.forget(outcome.episode.number)
 
     def _give_up(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""
@@ -502,46 +417,6 @@ class Coordinator:
     def _ask(self, reference: Any) -> Any:
         return ray.get(reference, timeout=self._config.scaling.wait_timeout_s + 10.0)
 
-    def _enter(self, stage: str, expected: int) -> None:
-        with self._lock:
-            if self._stage in self._finished:
-                self._finished[self._stage] = 1.0
-            self._stage, self._done, self._expected = stage, 0, expected
-
     def _note(self, report: EpisodeReport) -> None:
-        totals = self._totals
-        totals.episodes += 1
-        totals.frames += report.frames
-        totals.eager_frames += report.eager_frames
-        totals.env_steps += report.length
-        totals.weights_wait_s += report.weights_wait_s
-        totals.longest_weights_wait_s = max(totals.longest_weights_wait_s, report.weights_wait_s)
-        for name, value in report.seconds.items():
-            totals.seconds[name] += value
-        with self._lock:
-            self._done += 1
-            if self._stage in self._finished:
-                self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
-
-
-def _row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """The update and the sections of a row: there is one row of each."""
-    return row["update"], *sorted({name.partition("/")[0] for name in row if "/" in name})
-
-
-def _planned_work(config: Config, training: bool) -> dict[str, float]:
-    """Share of each stage in the whole job, by a rough estimate of its duration in episodes.
-
-    About half of the spare groups are needed, and on two cores a pass over an episode takes 0.008 of playing it.
-    """
-    evaluation = max(1, config.eval.episodes + config.eval.random_placement + config.eval.shifted)
-    if not training:
-        return {"evaluating": 1.0}
-    sampling = config.sampling
-    episodes = (sampling.groups + sampling.max_groups) / 2 * sampling.group_size
-    trained = sampling.groups * sampling.group_size
-    work: dict[str, float] = {"evaluating before": evaluation, "evaluating after": evaluation}
-    for step in range(config.train.updates):
-        work[f"update {step + 1}: rollouts"] = episodes
-        work[f"update {step + 1}: learning"] = trained * 0.008 * config.train.epochs * (step + 1)
-    return {stage: amount / sum(work.values()) for stage, amount in work.items()}
+        self._totals.note(report)
+        self._progress.one_more()

@@ -100,11 +100,6 @@ def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> f
     return n / (1 + (size - 1) * correlation)
 
 
-def start_of(context: Context) -> Hashable:
-    """What episodes from the same start have in common; where objects are placed by the seed, each is another."""
-    return context.env_id, context.init_state, context.seed if context.init_state is None else None
-
-
 def paired_p_value(before: Sequence[bool], after: Sequence[bool], starts: Sequence[Hashable] | None = None) -> float:
     """Probability of at least so large a change, up or down, if nothing had changed.
 
@@ -191,7 +186,7 @@ def before_and_after(
 ) -> dict[str, Any]:
     """``base``, ``final`` and ``paired_p`` of the same contexts, without those whose environment failed."""
     rows = [
-        (start_of(context), b, a)
+        (context.start, b, a)
         for context, b, a in zip(contexts, before, after, strict=True)
         if b is not None and a is not None
     ]

@@ -25,7 +25,6 @@ from ript_ray.evaluation import (
     effective_episodes,
     evaluation_contexts,
     paired_p_value,
-    start_of,
     success_summary,
     successive_halving,
     wilson_interval,
@@ -371,11 +370,3 @@ def test_the_paired_test_tries_all_signs(rows: list[tuple[bool, bool, int]]) -> 
     gained, lost = sum(a > b for b, a in zip(before, after)), sum(b > a for b, a in zip(before, after))  # noqa: B905
     mcnemar = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert paired_p_value(before, after) == pytest.approx(mcnemar)
-
-
-def test_starts_are_told_apart() -> None:
-    official = [Context("libero_object/0", 3, seed) for seed in (1, 2)]
-    random = [Context("libero_object/0", None, seed) for seed in (1, 2)]
-    assert start_of(official[0]) == start_of(official[1])
-    assert start_of(random[0]) != start_of(random[1])
-    assert start_of(official[0]) != start_of(Context("libero_object/1", 3, 1))

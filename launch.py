@@ -121,6 +121,7 @@ def train_until_it_fails(
     """
     import ray
 
+    from actors.choosing import choose_policy
     from actors.coordinator import Coordinator
     from actors.home import Home
     from actors.pool import SamplePool
@@ -178,15 +179,15 @@ def train_until_it_fails(
                 raise
             monitor.raise_if_collecting_failed()
             ray.get(collecting, timeout=config.scaling.wait_timeout_s)
+            end = choose_policy(config, coordinator, store, folder)
             final = ray.get(coordinator.evaluate.remote("evaluating after", keep=1))
-        version, sha256 = ray.get(store.newest_version.remote(), timeout=60)
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
         actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
         summary = summarise(
             config, base, final, totals, counts, monitor.rows, ray.get(actor.renderer.remote(), timeout=60)
         )
-        summary |= {"updates": version, "weights_sha256": sha256, "settings_tried": settings_tried(run_dir)}
+        summary |= end | {"settings_tried": settings_tried(run_dir)}
         summary["seconds"]["total"] = summary["seconds"].pop("earlier") + time.perf_counter() - started
         leave_behind(run_dir, summary, monitor.rows, actor, {"before": base, "after": final})
         acting = {"guidance": config.eval.guidance, "denoise_steps": config.policy.denoise_steps}
@@ -234,24 +235,23 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Choose the guidance scale of ``policy.checkpoint`` by successive halving, on training states, not on the exam."""
+    """Choose the guidance scale of ``policy.checkpoint`` by successive halving, not on the states of the exam."""
     import ray
 
-    from ript_ray.algos.sampling import start_context, training_starts
-    from ript_ray.evaluation import successive_halving
+    from ript_ray.algos.sampling import contexts_to_choose_by
+    from ript_ray.choosing import choose_guidance
     from ript_ray.reporting import describe_rate
 
     if 1.0 not in config.eval.scales:
         raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
-    starts = training_starts(config.env)
     with players(config, run_dir) as coordinator:
 
         def play(scale: float, episodes: range) -> list[bool | None]:
-            contexts = [start_context(starts[i % len(starts)], config.eval.seed + i) for i in episodes]
+            contexts = contexts_to_choose_by(config.env, config.eval.seed, episodes)
             played: list[bool | None] = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
             return played
 
-        result = successive_halving(config.eval.scales, play, config.eval.halving_episodes)
+        result = choose_guidance(config.eval.scales, play, config.eval.halving_episodes)
     for row in result["table"]:
         print(f"  w = {row['scale']:<5g}{describe_rate(row)}")
     told = "the best" if result["chosen"] == result["best"] else f"{result['best']:g} is not told apart from it"

@@ -45,6 +45,7 @@ from actors.progress import Progress
 from actors.totals import Totals
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
+from ript_ray.choosing import best_in_rollouts
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts, success_summary
@@ -231,8 +232,7 @@ class Coordinator:
     def best_updates(self) -> list[int]:
         """Updates whose weights rollouts have played with, the best first: by the lower bound of their success."""
         with self._lock:
-            low = {version: success_summary(results)["ci95"][0] for version, results in self._by_version.items()}
-        return sorted((version for version in low if version > 0), key=lambda version: (-low[version], -version))
+            return best_in_rollouts(self._by_version)
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this."""

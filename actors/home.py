@@ -81,16 +81,16 @@ class Home:
                         out.write(self._do(_read, folder / name, start))
             yield local
 
-    def prune(self, checkpoints: Path, keep: int, best: Sequence[int] = ()) -> None:
+    def prune(self, checkpoints: Path, keep: int, best: Sequence[int] = (), spared: int = 1) -> None:
         """Leave only the newest of a run's checkpoints and the best, see `prune_checkpoints`.
 
         Raises:
             GetTimeoutError: when it takes longer than ``timeout_s``.
         """
         if self._is_shared():
-            prune_checkpoints(checkpoints, keep, best)
+            prune_checkpoints(checkpoints, keep, best, spared)
         else:
-            self._do(_prune, checkpoints, keep, best)
+            self._do(_prune, checkpoints, keep, best, spared)
 
     @property
     def _mark(self) -> Path:
@@ -121,8 +121,8 @@ def _settle(staged: Path, path: Path) -> None:
 
 
 @ray.remote(num_cpus=0)
-def _prune(checkpoints: Path, keep: int, best: Sequence[int]) -> None:
-    prune_checkpoints(checkpoints, keep, best)
+def _prune(checkpoints: Path, keep: int, best: Sequence[int], spared: int) -> None:
+    prune_checkpoints(checkpoints, keep, best, spared)
 
 
 @ray.remote(num_cpus=0)

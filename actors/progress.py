@@ -7,6 +7,8 @@ from typing import Any
 
 from ript_ray.config import Config
 
+CHOOSING = "choosing among updates"
+
 
 class Progress:
     """Told by the coordinator's loop and by the learner, asked by whoever shows it; from any thread.
@@ -25,8 +27,11 @@ class Progress:
         self._finished = dict.fromkeys(self._shares, 0.0)
 
     def enter(self, stage: str, expected: int) -> None:
-        """Begin a stage of so many episodes; the one before is finished."""
+        """Begin a stage of so many episodes, or more of the present one; the one before is finished."""
         with self._lock:
+            if stage == self._stage:
+                self._expected += expected
+                return
             if self._stage in self._finished:
                 self._finished[self._stage] = 1.0
             self._stage, self._done, self._expected = stage, 0, expected
@@ -72,4 +77,6 @@ def _planned_work(config: Config, training: bool) -> dict[str, float]:
     for step in range(config.train.updates):
         work[f"update {step + 1}: rollouts"] = episodes
         work[f"update {step + 1}: learning"] = trained * 0.008 * config.train.epochs * (step + 1)
+    if config.train.candidates > 1:  # the better half goes on to twice as many
+        work[CHOOSING] = 1.5 * config.train.candidates * config.eval.halving_episodes
     return {stage: amount / sum(work.values()) for stage, amount in work.items()}

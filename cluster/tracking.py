@@ -82,22 +82,20 @@ class Tracker:
         """Log the run's files, and the final policy as a model that can be loaded and asked for actions.
 
         Args:
-            run_dir: holds configuration, summary, pictures, videos and checkpoints.
+            run_dir: holds configuration, summary, pictures, videos and the final policy.
             acting: ``guidance`` and ``denoise_steps`` of the model.
         """
         import mlflow
 
         for file in sorted(run_dir.glob("*.*")):
             mlflow.log_artifact(str(file))
-        checkpoints = sorted((run_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-        if checkpoints:
-            mlflow.pyfunc.log_model(
-                name="policy",
-                python_model=str(Path(__file__).with_name("served_policy.py")),
-                artifacts={"policy": str(checkpoints[-1])},
-                model_config=acting,
-                pip_requirements=["ript-ray"],
-            )
+        mlflow.pyfunc.log_model(
+            name="policy",
+            python_model=str(Path(__file__).with_name("served_policy.py")),
+            artifacts={"policy": str(run_dir / "final")},
+            model_config=acting,
+            pip_requirements=["ript-ray"],
+        )
 
 
 @contextlib.contextmanager

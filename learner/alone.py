@@ -19,7 +19,8 @@ import torch
 from learner.loop import plan_steps, update_generator
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
-from ript_ray.algos.sampling import ContextSampler, Group, training_starts
+from ript_ray.algos.sampling import ContextSampler, Group, contexts_to_choose_by, training_starts
+from ript_ray.choosing import best_in_rollouts, candidates, choose_update
 from ript_ray.config import Config
 from ript_ray.data.demonstrations import demonstrations_to_show
 from ript_ray.data.lines import append_json_line
@@ -31,6 +32,7 @@ from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
     from_published,
+    load_policy,
     prune_checkpoints,
     save_policy,
     to_publish,
@@ -68,6 +70,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     advantages: dict[int, float] = {}
     trajectories: dict[int, Trajectory] = {}
     groups = {"accepted": 0, "rejected": 0}
+    played: dict[int, list[bool]] = {}
+    checkpoints = run_dir / "checkpoints"
     seconds = dict.fromkeys(("rollout", "learner_busy"), 0.0)
     for step in range(config.train.updates):
         rollouts_began = time.perf_counter()
@@ -85,6 +89,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                     advantages[i] = float(advantage)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
+        played[player.version] = [reward > 0 for reward in rewards]
         seconds["rollout"] += learning_began - rollouts_began
         rejected = len(rewards) // config.sampling.group_size - len(accepted)
         groups["accepted"] += len(accepted)
@@ -114,9 +119,10 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
                 anchor=anchor,
                 averaging=config.train.averages(step),
             )
-        save_policy(run_dir / "checkpoints" / f"{step + 1:04d}", acting, about={"update": step + 1})
+        save_policy(checkpoints / f"{step + 1:04d}", acting, about={"update": step + 1})
         if config.run.keep_checkpoints is not None:
-            prune_checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints)
+            best = best_in_rollouts(played)
+            prune_checkpoints(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
@@ -127,6 +133,20 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         append_json_line(run_dir / "metrics.jsonl", {"time": time.time()} | row)
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    updates = player.version
+    best = [update for update in best_in_rollouts(played) if (checkpoints / f"{update:04d}").exists()]
+
+    def policy_after(update: int) -> Policy:
+        return load_policy(checkpoints / f"{update:04d}") if update else policy
+
+    def play_as(update: int, episodes: range) -> list[bool]:
+        player.adopt(policy_after(update), update)
+        return player.play(contexts_to_choose_by(config.env, config.eval.seed, episodes))
+
+    chosen = choose_update(candidates(updates, best, config.train.candidates), play_as, config.eval.halving_episodes)
+    ending = policy_after(chosen["update"])
+    save_policy(run_dir / "final", ending, about={"update": chosen["update"]})
+    player.adopt(ending, chosen["update"])
     final, contexts = player.evaluate(), evaluation_contexts(config)
     # The learner has nothing to do while rollouts are played.
     seconds |= {"learner_idle": seconds["rollout"], "total": time.perf_counter() - began}
@@ -136,7 +156,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         "episodes": player.episodes,
         "env_steps": player.env_steps,
         "groups": groups,
-        "updates": player.version,
+        "updates": updates,
+        "chosen": chosen,
         "weights_sha256": player.sha256,
         "errors": [],
         "seconds": seconds,
@@ -168,12 +189,12 @@ class Player:
 
     def evaluate(self) -> dict[str, list[bool]]:
         """Successes on the contexts of each column of the evaluation."""
+        return {name: self.play(contexts) for name, contexts in evaluation_contexts(self._config).items()}
+
+    def play(self, contexts: Sequence[Context]) -> list[bool]:
+        """Successes in the order of the contexts, acting as evaluation does."""
         guidance = self._config.eval.guidance
-        columns = evaluation_contexts(self._config)
-        return {
-            name: [self._play(c, guidance, exploring=False).success for c in contexts]
-            for name, contexts in columns.items()
-        }
+        return [self._play(context, guidance, exploring=False).success for context in contexts]
 
     def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:
         """Groups with their rollouts, until enough of them are among ``accepted`` or the budget is spent."""

@@ -178,7 +178,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             ray.get(store.publish.remote(step + 1, [ray.put(arrays)], sha256), timeout=limit)
             if config.run.keep_checkpoints is not None:
                 best = ray.get(coordinator.best_updates.remote(), timeout=limit)
-                home.prune(checkpoints, config.run.keep_checkpoints, best)
+                home.prune(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
         ray.train.report(row)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from ript_ray.config import Config
@@ -122,53 +122,6 @@ def paired_p_value(before: Sequence[bool], after: Sequence[bool], starts: Sequen
         chances = reached
     seen = abs(sum(changes.values()))
     return min(1.0, sum(chance for total, chance in chances.items() if abs(total) >= seen))
-
-
-def successive_halving(
-    scales: Sequence[float], play: Callable[[float, range], Sequence[bool | None]], first: int
-) -> dict[str, Any]:
-    """Choose a guidance scale: all play ``first`` episodes, the better half plays on to twice as many, and so on.
-
-    w = 1 plays every round, and what wins must also be told apart from it: McNemar's test in the same contexts, at 5 %
-    shared out among all that might have won (Bonferroni), else 1 is chosen.
-
-    Args:
-        scales: w, with 1 among them.
-        play: successes of a scale in the contexts of these indices, the same contexts for all scales; None where the
-            environment failed.
-        first: episodes of each in the first round.
-
-    Returns:
-        ``chosen``, ``best`` (by rate alone), ``paired_p`` of the best against 1, ``settings_tried``, and a ``table``
-        with the summary of each scale.
-    """
-    results: dict[float, list[bool | None]] = {scale: [] for scale in scales}
-
-    def summary(scale: float) -> dict[str, Any]:
-        return success_summary([result for result in results[scale] if result is not None])
-
-    def rank(scale: float) -> tuple[float, float]:
-        return -(summary(scale)["rate"] or 0.0), abs(scale - 1)
-
-    alive, count = list(scales), first
-    while True:
-        for scale in {*alive, 1.0}:
-            results[scale] += play(scale, range(len(results[scale]), count))
-        # Of equals the one nearest to 1, since extrapolation is not free of harm.
-        alive = sorted(alive, key=rank)[: -(-len(alive) // 2)]
-        if len(alive) == 1:
-            break
-        count *= 2
-    best = min(alive[0], 1.0, key=rank)
-    pairs = [(one, two) for one, two in zip(results[1.0], results[best], strict=True) if None not in (one, two)]
-    p_value = paired_p_value([bool(one) for one, _ in pairs], [bool(two) for _, two in pairs])
-    return {
-        "chosen": best if p_value < 0.05 / max(1, len(scales) - 1) else 1.0,
-        "best": best,
-        "paired_p": p_value,
-        "settings_tried": len(scales),
-        "table": [{"scale": scale} | summary(scale) for scale in scales],
-    }
 
 
 def by_task(contexts: Sequence[Context], before: Sequence[bool | None], after: Sequence[bool | None]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from ript_ray.evaluation import (
     evaluation_contexts,
     paired_p_value,
     success_summary,
-    successive_halving,
     wilson_interval,
 )
 from ript_ray.types import Context
@@ -278,43 +277,6 @@ def test_evaluation_has_columns_that_training_never_meets() -> None:
     other = config.model_copy(update={"env": config.env.model_copy(update={"id": "libero_90/0"})})
     with pytest.raises(UserError, match=r"eval\.shifted=16: only libero_spatial.*set eval\.shifted=0"):
         evaluation_contexts(other)
-
-
-def test_successive_halving_spends_its_episodes_on_the_better_half() -> None:
-    rates = {0.5: 0.2, 1.0: 0.5, 2.0: 0.95, 3.0: 0.4, 5.0: 0.1}
-    played: dict[float, list[int]] = {scale: [] for scale in rates}
-
-    def play(scale: float, episodes: range) -> list[bool]:
-        played[scale] += episodes
-        return [np.random.default_rng([int(10 * scale), i]).random() < rates[scale] for i in episodes]
-
-    result = successive_halving(list(rates), play, first=20)
-    assert {scale: len(episodes) for scale, episodes in played.items()} == {0.5: 20, 1.0: 80, 2.0: 80, 3.0: 40, 5.0: 20}
-    assert all(episodes == list(range(len(episodes))) for episodes in played.values())
-    assert (result["chosen"], result["best"], result["settings_tried"]) == (2.0, 2.0, 5)
-    assert [row["episodes"] for row in result["table"]] == [20, 80, 80, 40, 20]
-
-
-def test_a_scale_that_is_not_told_apart_from_one_is_not_chosen() -> None:
-    result = successive_halving([1.0, 2.0], lambda scale, episodes: [i % 2 == 0 or scale == 2.0 for i in episodes], 4)
-    assert (result["best"], result["chosen"]) == (2.0, 1.0)
-
-
-def test_scale_one_plays_every_round_and_what_failed_is_left_out_of_the_comparison() -> None:
-    rates = {1.0: 0.4, 1.5: 0.6, 2.0: 0.95, 3.0: 0.6}
-
-    def play(scale: float, episodes: range) -> list[bool | None]:
-        return [None if i % 10 == 0 else (i * 7 % 100) / 100 < rates[scale] for i in episodes]
-
-    result = successive_halving(list(rates), play, first=50)
-    assert [row["episodes"] for row in result["table"]] == [90, 90, 90, 45]
-    assert (result["chosen"], result["best"]) == (2.0, 2.0)
-    # One that drops out by bad luck at first is better in the end: what is left is not chosen.
-    late = successive_halving([1.0, 2.0, 3.0, 4.0], lambda w, at: [w > 1 if i < 10 else w == 1 for i in at], first=10)
-    assert (late["chosen"], late["best"]) == (1.0, 1.0)
-    both = [(play(1.0, range(i, i + 1))[0], play(2.0, range(i, i + 1))[0]) for i in range(100)]
-    known = [(one, two) for one, two in both if one is not None and two is not None]
-    assert result["paired_p"] == paired_p_value([bool(one) for one, _ in known], [bool(two) for _, two in known])
 
 
 @pytest.mark.parametrize(("enough", "groups", "quota"), [(0.28, 25, 7), (0.56, 25, 14), (0.5, 7, 4), (1.0, 8, 8)])

@@ -29,7 +29,17 @@ def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_
     finish(start(*settings, "scaling.actors=1", f"run.dir={tmp_path / 'ray'}"))
     assert main(["train", *settings, "scaling.ray=false", f"run.dir={tmp_path / 'alone'}"]) == 0
     expected, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "alone"))
-    for key in ("weights_sha256", "evaluation", "updates", "episodes", "env_steps", "groups", "errors", "versions"):
+    for key in (
+        "weights_sha256",
+        "chosen",
+        "evaluation",
+        "updates",
+        "episodes",
+        "env_steps",
+        "groups",
+        "errors",
+        "versions",
+    ):
         assert found[key] == expected[key], key
 
     def rows(name: str) -> dict[tuple[int, str], float]:
@@ -66,7 +76,9 @@ def test_a_run_without_ray_tells_its_story(
     assert main(["train", *settings, f"run.dir={run}"]) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["episodes"] == sum(row["rollout/episodes"] for row in rows) + 2 * 4  # four before, four after
+    assert (
+        summary["episodes"] == sum(row["rollout/episodes"] for row in rows) + 2 * 4 + 2 * 3
+    )  # four before and after, three of each update
     assert summary["episodes"] <= summary["env_steps"] <= 30 * summary["episodes"]
     assert sum(summary["groups"].values()) == sum(row["rollout/episodes"] for row in rows) / 4
     seconds = summary["seconds"]

@@ -27,7 +27,14 @@ from benchmarks.faults import CLUSTER_FAULTS, FAULTS
 from ript_ray.data.lines import append_json_line, read_json_lines
 from ript_ray.data.storage import save_episode
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import newest_policy, prune_checkpoints, save_policy
+from ript_ray.policies.checkpoints import (
+    cpu_weights,
+    load_policy,
+    newest_policy,
+    prune_checkpoints,
+    save_policy,
+    weights_sha256,
+)
 from ript_ray.types import EpisodeRecord
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +67,9 @@ SETTINGS = [
     "train.min_steps=1",
     "train.batch_size=16",
     "train.micro_batch=16",
+    "train.candidates=2",
     "eval.episodes=4",
+    "eval.halving_episodes=3",
     "run.keep_checkpoints=2",
 ]
 
@@ -175,6 +184,9 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     stop_when(process, run, played(7), signal.SIGKILL)  # the evaluation is over, the first group half collected
     process = start("--resume", str(run))
     stop_when(process, run, collected(1, 0.05), signal.SIGKILL)  # within the second update
+    process = start("--resume", str(run))
+    total = json.loads((undisturbed / "summary.json").read_text())["episodes"]
+    stop_when(process, run, played(total - 4 - 2), signal.SIGKILL)  # two updates' policies play, to be compared
     shutil.rmtree(copied)  # it is not on the other machine
     finish(start(*command, f"run.dir={elsewhere}", "run.resume=true"))
     there, here = story(undisturbed), story(elsewhere)
@@ -182,7 +194,11 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     assert here[1] == there[1]
     assert len(here[1]) == 6
     summary = json.loads((elsewhere / "summary.json").read_text())
-    assert summary["sessions"] == 3
+    assert summary["sessions"] == 4
+    assert len(summary["chosen"]["table"]) == 2
+    final = json.loads((elsewhere / "final/policy.json").read_text())
+    assert final["about"] == {"update": summary["chosen"]["update"]}
+    assert weights_sha256(cpu_weights(load_policy(elsewhere / "final"))) == summary["weights_sha256"]
     numbers = [entry["number"] for entry in read_journal(elsewhere) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
     assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()

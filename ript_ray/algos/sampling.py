@@ -50,6 +50,18 @@ def training_starts(config: EnvConfig) -> list[Start]:
     return [(env_id, state, None) for state in range(*config.train_init_states) for env_id in config.ids]
 
 
+def contexts_to_choose_by(config: EnvConfig, first_seed: int, episodes: range) -> list[Context]:
+    """Episodes by which policies or settings are compared before the exam, from starts that the exam does not have.
+
+    They are placements that training does not have either; where it has official states alone, they are those.
+    """
+    starts = training_starts(config)
+    if config.train_placements:
+        first, tasks = _FIRST_PLACEMENT + config.train_placements, config.ids
+        starts = [(tasks[i % len(tasks)], None, first + i // len(tasks)) for i in range(episodes.stop)]
+    return [start_context(starts[i % len(starts)], first_seed + i) for i in episodes]
+
+
 def start_context(start: Start, seed: int) -> Context:
     """An episode from there, with this noise."""
     env_id, state, placement = start

@@ -29,7 +29,8 @@ class RunConfig(Section):
     """A second place for the run's files, kept up to date after each update: a path, or a URL that ``pyarrow.fs`` knows
     (``s3://``, ``gs://``, ``hdfs://``). With ``resume`` a run whose ``dir`` is gone goes on from there."""
     keep_checkpoints: int | None = Field(default=None, ge=2)
-    """Newest checkpoints to keep, at least two, since the newest may be damaged, beside the best; all by default."""
+    """Newest checkpoints to keep, at least two, since the newest may be damaged, beside those that did best in rollouts
+    (one, or as many as ``train.candidates`` needs); all by default."""
     report_port: int | None = Field(default=0, ge=0, le=65535)
     """Where the job serves its report page; 0: at any free port, null: nowhere."""
     report_host: str = "127.0.0.1"
@@ -100,7 +101,8 @@ class EvalConfig(Section):
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
     """Guidance scales that ``guidance`` chooses from."""
     halving_episodes: int = Field(default=24, ge=2)
-    """Episodes of each scale in the first round of ``guidance``; the better half goes on to twice as many."""
+    """Episodes of each scale in the first round of ``guidance``, and of each update that ``train.candidates`` compares;
+    the better half goes on to twice as many."""
     seed: int = Field(default=1_000_000, ge=0)
     """First noise seed of evaluation; the same for all runs, so that runs can be compared."""
 

@@ -175,6 +175,9 @@ class TrainConfig(Section):
     """Weight of a penalty on the velocity's change since the starting policy, against forgetting."""
     stop_at: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Stop once the lower bound of the 95 % interval of training rollouts' success reaches this."""
+    candidates: int = Field(default=1, ge=1)
+    """At the end the policies of so many updates, the last and those that did best in rollouts, play from starts that
+    neither training nor evaluation has (``eval.halving_episodes``); the best is evaluated and kept. 1: the last."""
     weight_decay: float = Field(default=1e-4, ge=0.0)
     """AdamW's weight decay."""
     clip_norm: float = Field(default=1.0, gt=0.0)
@@ -188,3 +191,8 @@ class TrainConfig(Section):
     def averages(self, step: int) -> bool:
         """Does update ``step``, from 0, give the moving average of its weights?"""
         return self.ema > 0 and (self.act_with_ema or step + 1 == self.updates)
+
+    @property
+    def spared(self) -> int:
+        """So many checkpoints, of those that did best in rollouts, are kept for the end beside the newest."""
+        return max(1, self.candidates - 1)

@@ -112,13 +112,13 @@ def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
     return 0, None, damaged
 
 
-def prune_checkpoints(folder: Path, keep: int, best: Sequence[int] = ()) -> None:
+def prune_checkpoints(folder: Path, keep: int, best: Sequence[int] = (), spared: int = 1) -> None:
     """Of a run's ``checkpoints`` leave only those of the newest ``keep`` updates, whatever they are of (``0007``,
-    ``unaveraged-0007``), and of the first of ``best`` that is there.
+    ``unaveraged-0007``), and of the first ``spared`` of ``best`` that are there.
     """
     updates = {path: int(number) for path in folder.iterdir() if (number := path.name.rpartition("-")[2]).isdecimal()}
     there = set(updates.values())
-    kept = sorted(there)[-keep:] + [update for update in best if update in there][:1]
+    kept = sorted(there)[-keep:] + [update for update in best if update in there][:spared]
     for path, update in updates.items():
         if update not in kept:
             shutil.rmtree(path, ignore_errors=True)  # what a busy disk keeps goes next time

@@ -1,0 +1,89 @@
+"""Choosing guidance scales and updates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ript_ray.algos.sampling import contexts_to_choose_by, training_starts
+from ript_ray.choosing import best_in_rollouts, candidates, choose_guidance, choose_update
+from ript_ray.config import Config, EnvConfig
+from ript_ray.evaluation import evaluation_contexts, paired_p_value
+
+
+def test_successive_halving_spends_its_episodes_on_the_better_half() -> None:
+    rates = {0.5: 0.2, 1.0: 0.5, 2.0: 0.95, 3.0: 0.4, 5.0: 0.1}
+    played: dict[float, list[int]] = {scale: [] for scale in rates}
+
+    def play(scale: float, episodes: range) -> list[bool]:
+        played[scale] += episodes
+        return [np.random.default_rng([int(10 * scale), i]).random() < rates[scale] for i in episodes]
+
+    result = choose_guidance(list(rates), play, first=20)
+    assert {scale: len(episodes) for scale, episodes in played.items()} == {0.5: 20, 1.0: 80, 2.0: 80, 3.0: 40, 5.0: 20}
+    assert all(episodes == list(range(len(episodes))) for episodes in played.values())
+    assert (result["chosen"], result["best"], result["settings_tried"]) == (2.0, 2.0, 5)
+    assert [row["episodes"] for row in result["table"]] == [20, 80, 80, 40, 20]
+
+
+def test_a_scale_that_is_not_told_apart_from_one_is_not_chosen() -> None:
+    result = choose_guidance([1.0, 2.0], lambda scale, episodes: [i % 2 == 0 or scale == 2.0 for i in episodes], 4)
+    assert (result["best"], result["chosen"]) == (2.0, 1.0)
+
+
+def test_scale_one_plays_every_round_and_what_failed_is_left_out_of_the_comparison() -> None:
+    rates = {1.0: 0.4, 1.5: 0.6, 2.0: 0.95, 3.0: 0.6}
+
+    def play(scale: float, episodes: range) -> list[bool | None]:
+        return [None if i % 10 == 0 else (i * 7 % 100) / 100 < rates[scale] for i in episodes]
+
+    result = choose_guidance(list(rates), play, first=50)
+    assert [row["episodes"] for row in result["table"]] == [90, 90, 90, 45]
+    assert (result["chosen"], result["best"]) == (2.0, 2.0)
+    # One that drops out by bad luck at first is better in the end: what is left is not chosen.
+    late = choose_guidance([1.0, 2.0, 3.0, 4.0], lambda w, at: [w > 1 if i < 10 else w == 1 for i in at], first=10)
+    assert (late["chosen"], late["best"]) == (1.0, 1.0)
+    both = [(play(1.0, range(i, i + 1))[0], play(2.0, range(i, i + 1))[0]) for i in range(100)]
+    known = [(one, two) for one, two in both if one is not None and two is not None]
+    assert result["paired_p"] == paired_p_value([bool(one) for one, _ in known], [bool(two) for _, two in known])
+
+
+def test_the_best_update_is_chosen_and_of_equals_the_later() -> None:
+    good = {1: {0, 1, 2, 4}, 2: {0, 1, 2, 3, 4, 5}, 4: {0, 1, 2, 5, 6, 7}}
+    result = choose_update([1, 2, 4], lambda update, episodes: [i in good[update] for i in episodes], first=4)
+    assert result["update"] == 4  # 4 of 4 and 3 of 4 at first, then 6 of 8 each
+    assert [(row["update"], row["successes"], row["episodes"]) for row in result["table"]] == [
+        (1, 3, 4),
+        (2, 6, 8),
+        (4, 6, 8),
+    ]
+
+    def never(update: int, episodes: range) -> list[bool]:
+        raise AssertionError("a single one need not play")
+
+    assert choose_update([7], never, first=4) == {"update": 7, "table": []}
+
+
+def test_candidates_are_the_last_and_the_best_in_rollouts() -> None:
+    played = {0: [True] * 10, 1: [True] * 4, 2: [True] * 9 + [False], 3: [True, False] * 5, 4: [True, False] * 5}
+    ranked = best_in_rollouts(played)
+    assert ranked == [2, 1, 4, 3]  # four of four prove less than nine of ten
+    assert candidates(5, ranked, 1) == [5]
+    assert candidates(5, ranked, 3) == [1, 2, 5]
+    assert candidates(4, ranked, 3) == [1, 2, 4]
+    assert candidates(5, ranked, 9) == [1, 2, 3, 4, 5]
+    assert candidates(0, [], 3) == [0]
+
+
+@pytest.mark.parametrize("tasks", ["libero_object/0", "libero_object/0,libero_object/3"])
+def test_what_is_chosen_by_is_neither_trained_on_nor_in_the_exam(tasks: str) -> None:
+    config = Config(env=EnvConfig(id=tasks, train_placements=5))
+    contexts = contexts_to_choose_by(config.env, config.eval.seed, range(20))
+    assert len(set(contexts)) == len({context.start for context in contexts}) == 20
+    assert {context.env_id for context in contexts} == set(config.env.ids)
+    assert contexts[7:] == contexts_to_choose_by(config.env, config.eval.seed, range(7, 20))
+    assert not {context.start for context in contexts} & set(training_starts(config.env))
+    exam = [context.start for column in evaluation_contexts(config).values() for context in column]
+    assert not {context.start for context in contexts} & set(exam)
+    official = EnvConfig(id=tasks)  # has no other starts to choose by than those of training
+    assert {c.start for c in contexts_to_choose_by(official, 0, range(60))} <= set(training_starts(official))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from actors.weights import publish
 from ript_ray.algos.sampling import contexts_to_choose_by
 from ript_ray.choosing import candidates, choose_update
 from ript_ray.config import Config
+from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy, save_policy, to_publish
+
+log = logging.getLogger("ript_ray")
 
 
 def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -> dict[str, Any]:
@@ -43,7 +47,11 @@ def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -
             publish(store, version, arrays, sha256, limit)
 
     def play(update: int, episodes: range) -> list[bool | None]:
-        act_as(update)
+        try:
+            act_as(update)
+        except UserError as error:
+            log.warning("the policy of update %d is not compared: %s", update, error)
+            return [None] * len(episodes)
         contexts = contexts_to_choose_by(config.env, config.eval.seed, episodes)
         played: list[bool | None] = ray.get(coordinator.play.remote(CHOOSING, contexts, config.eval.guidance))
         return played

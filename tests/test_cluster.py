@@ -39,6 +39,7 @@ POINT_REACH = [
     "train.batch_size=32",
     "train.micro_batch=32",
     "eval.episodes=4",
+    "eval.halving_episodes=2",
 ]
 
 _SAMPLE = re.compile(r"(ray_ript_\w+)\{.*\} (\S+)$")

@@ -135,7 +135,7 @@ def check_the_model_in_mlflow(run: Path) -> None:
         "instructions": ["pick up the alphabet soup and place it in the basket"] * 3,
         "seed": 5,
     }
-    policy = load_policy(run / "checkpoints/0002")
+    policy = load_policy(run / "final")
     noise = torch.randn(3, policy.horizon, policy.action_dim, generator=torch.Generator().manual_seed(5))
     frames, states = torch.from_numpy(seen["frames"]), torch.from_numpy(seen["states"])
     with torch.no_grad():
@@ -156,6 +156,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
         "sampling.max_groups=2",
         "objective.name=imitation",
         "train.updates=2",
+        "train.candidates=2",
         "train.epochs=2",
         "train.min_steps=1",
         "train.batch_size=8",
@@ -163,6 +164,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
         "eval.episodes=2",
         "eval.random_placement=1",
         "eval.shifted=2",
+        "eval.halving_episodes=2",
         "--json",
         str(tmp_path / "result.json"),
     )
@@ -178,7 +180,9 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
         assert set(column) == {"base", "final", "paired_p"}
         assert set(column["base"]) == {"successes", "episodes", "rate", "ci95"}
     assert summary["updates"] == 2
-    assert summary["episodes"] == 14
+    assert summary["episodes"] == 14 + 2 * 2  # two of each update's policy, to choose one
+    assert summary["chosen"]["update"] in (1, 2)
+    assert [row["episodes"] for row in summary["chosen"]["table"]] == [2, 2]
     assert summary["groups"] == {"accepted": 2, "rejected": 0}
     assert summary["samples"]["trained"] > 0
     # The first update's samples are trained on twice.
@@ -193,7 +197,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert summary["errors"] == []
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["update"] for row in rows} == {1, 2}
-    files = ["config.yaml", "success.png", "run.log", "report.html", "checkpoints/0002/model.safetensors"]
+    files = ["config.yaml", "success.png", "run.log", "report.html", "final/model.safetensors"]
     videos = [entry["file"] for entry in json.loads((run / "videos/captions.json").read_text())]
     for file in [*files, "before-failure.mp4", *videos]:
         assert (run / file).stat().st_size > 0, file
@@ -203,8 +207,8 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert (tmp_path / "mlflow.db").exists()
     assert launch("train", f"run.dir={run}").returncode == 2  # a finished run is not overwritten
 
-    checkpoint = f"policy.checkpoint={run}/checkpoints/0002"
-    done = launch("eval", checkpoint, "env.max_steps=70", "eval.episodes=2", f"run.dir={tmp_path}/eval")
+    settings = [f"policy.checkpoint={run}/final", "env.max_steps=70", "eval.episodes=2", "eval.random_placement=0"]
+    done = launch("eval", *settings, f"run.dir={tmp_path}/eval")
     assert done.returncode == 0, done.stderr
     assert "95 % interval" in done.stdout
 
@@ -232,7 +236,9 @@ def test_asynchronous_training_on_every_window_with_the_learner_in_the_driver(tm
         "train.batch_size=8",
         "train.micro_batch=8",
         "train.precision=bfloat16",
+        "train.candidates=1",
         "eval.episodes=0",
+        "eval.random_placement=0",
         "scaling.learners=0",
     )
     assert done.returncode == 0, done.stderr

@@ -69,6 +69,7 @@ SETTINGS = [
     "train.micro_batch=16",
     "train.candidates=2",
     "eval.episodes=4",
+    "eval.random_placement=0",
     "eval.halving_episodes=3",
     "run.keep_checkpoints=2",
 ]

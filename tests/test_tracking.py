@@ -114,7 +114,7 @@ def test_a_store_that_fails_during_a_run_costs_nothing(tmp_path: Path, caplog: p
 @pytest.mark.slow
 def test_a_run_is_tracked_by_a_server(server: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    save_policy(run / "checkpoints/0001", make_policy())
+    save_policy(run / "final", make_policy())
     (run / "summary.json").write_text('{"updates": 1}\n')
     settings = Config().model_dump(mode="json")
     with tracking(server, run, "somewhere", settings) as tracker:

@@ -118,6 +118,7 @@ def test_a_gymnasium_environment_goes_through_the_whole_loop(tmp_path: Path) -> 
         "train.epochs=1",
         "train.min_steps=1",
         "eval.episodes=4",
+        "eval.random_placement=0",
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())

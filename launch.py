@@ -435,7 +435,9 @@ def finish_or_find(config: Config) -> dict[str, Any] | None:
     if run is None:
         return None
     if run.summary is None:
-        return go_on(fit_actors(config), run.folder)
+        start = config.policy.model_copy(update={"checkpoint": str(run.folder / "start")})  # what it began with
+        scaling = fit_actors(config.model_copy(update={"policy": start})).scaling
+        return go_on(config.model_copy(update={"scaling": scaling}), run.folder)
     print(f"{run.folder}: {run.state()}")
     return run.summary
 

@@ -110,17 +110,16 @@ class Dispatcher:
         self._queue.append(episode)
         self._start()
 
-    def cancel(self, tags: set[int]) -> int:
-        """Drop queued episodes of these groups; those that run are left to finish. Returns how many were dropped."""
-        return self.drop(lambda episode: episode.tag in tags)
+    def cancel(self, tags: set[int]) -> None:
+        """Drop queued episodes of these groups; those that run are left to finish."""
+        self.drop(lambda episode: episode.tag in tags)
 
-    def drop(self, unwanted: Callable[[Episode], bool]) -> int:
-        """Drop queued episodes that are unwanted. Returns how many."""
+    def drop(self, unwanted: Callable[[Episode], bool]) -> None:
+        """Drop queued episodes that are unwanted."""
         dropped = [episode for episode in self._queue if unwanted(episode)]
         self._queue = deque(episode for episode in self._queue if not unwanted(episode))
         if self._journal.replaying:  # some of them were being played then, and finished later
             self._dropped |= {episode.number: episode for episode in dropped}
-        return len(dropped)
 
     @property
     def outstanding(self) -> int:

@@ -321,7 +321,9 @@ def _mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def plot(file: Path, result: dict[str, Any], episodes: int) -> None:
-    """Success against episodes tried and against seconds, the mean and the range of the seeds of each objective."""
+    """Success against episodes tried and against seconds: the mean of the seeds of each objective and, where there are
+    two or more, its 95 % interval.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -334,8 +336,11 @@ def plot(file: Path, result: dict[str, Any], episodes: int) -> None:
             own = [run for run in result["runs"] if run["objective"] == name]
             rates = np.array([run["successes"] for run in own]) / episodes
             x = np.mean([run[key] for run in own], axis=0)
-            spread = [rates.mean(0) - rates.min(0), rates.max(0) - rates.mean(0)]
-            axes.errorbar(x, rates.mean(0), yerr=spread, label=name, color=f"C{i}", marker="o", capsize=3)
+            points = [_mean_with_interval(column) for column in rates.T.tolist()]
+            half = [0.0 if point["ci95"] is None else point["ci95"][1] - point["mean"] for point in points]
+            # Side by side, where all have tried as many episodes.
+            x = x + (0.015 * x.max() * (i - len(names) / 2) if key == "episodes" else 0.0) * (x > 0)
+            axes.errorbar(x, rates.mean(0), yerr=half, label=name, color=f"C{i}", marker="o", capsize=3)
         axes.set(xlabel=label, ylim=(0, 1))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("success on held-out states")

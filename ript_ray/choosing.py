@@ -38,7 +38,7 @@ def successive_halving(
     while True:
         for candidate in dict.fromkeys([*alive, *always]):
             results[candidate] += play(candidate, range(len(results[candidate]), count))
-        alive = sorted(alive, key=lambda candidate: (rate(results[candidate]), preferred(candidate)), reverse=True)
+        alive = sorted(alive, key=lambda candidate: (_rate(results[candidate]), preferred(candidate)), reverse=True)
         alive = alive[: -(-len(alive) // 2)]
         if len(alive) == 1:
             return alive[0], results
@@ -62,7 +62,7 @@ def choose_guidance(scales: Sequence[float], play: Play[float], first: int) -> d
     """
     # Of equals the one nearest to 1, since extrapolation is not free of harm.
     best, results = successive_halving(scales, play, first, lambda scale: -abs(scale - 1), always=[1.0])
-    best = best if rate(results[best]) > rate(results[1.0]) else 1.0
+    best = best if _rate(results[best]) > _rate(results[1.0]) else 1.0
     pairs = [(one, two) for one, two in zip(results[1.0], results[best], strict=True) if None not in (one, two)]
     p_value = paired_p_value([bool(one) for one, _ in pairs], [bool(two) for _, two in pairs])
     return {
@@ -70,7 +70,7 @@ def choose_guidance(scales: Sequence[float], play: Play[float], first: int) -> d
         "best": best,
         "paired_p": p_value,
         "settings_tried": len(scales),
-        "table": [{"scale": scale} | summary(results[scale]) for scale in scales],
+        "table": [{"scale": scale} | _summary(results[scale]) for scale in scales],
     }
 
 
@@ -83,7 +83,7 @@ def choose_update(updates: Sequence[int], play: Play[int], first: int) -> dict[s
     if len(updates) == 1:
         return {"update": updates[0], "table": []}
     best, results = successive_halving(updates, play, first, preferred=float)
-    return {"update": best, "table": [{"update": update} | summary(results[update]) for update in updates]}
+    return {"update": best, "table": [{"update": update} | _summary(results[update]) for update in updates]}
 
 
 def best_in_rollouts(played: Mapping[int, Sequence[bool]]) -> list[int]:
@@ -101,11 +101,11 @@ def candidates(last: int, best: Sequence[int], count: int) -> list[int]:
     return sorted([last, *[update for update in best if update != last][: count - 1]])
 
 
-def rate(results: Sequence[bool | None]) -> float:
+def _rate(results: Sequence[bool | None]) -> float:
     """Of success, without those whose environment failed."""
-    return summary(results)["rate"] or 0.0
+    return _summary(results)["rate"] or 0.0
 
 
-def summary(results: Sequence[bool | None]) -> dict[str, Any]:
+def _summary(results: Sequence[bool | None]) -> dict[str, Any]:
     """`success_summary` without those whose environment failed."""
     return success_summary([result for result in results if result is not None])

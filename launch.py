@@ -58,6 +58,7 @@ log = logging.getLogger("ript_ray")
 
 COMMANDS = ("doctor", "plan", "demos", "sft", "train", "submit", "tune", "eval", "guidance", *TOOLS, "bench")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "default.yaml"
+_OTHER_CONTEXTS = 100_000
 _NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
@@ -247,7 +248,9 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     with players(config, run_dir) as coordinator:
 
         def play(scale: float, episodes: range) -> list[bool | None]:
-            contexts = contexts_to_choose_by(config.env, config.eval.seed, episodes)
+            # Others than those by which a run has chosen this policy, acting at one of the scales.
+            others = range(_OTHER_CONTEXTS + episodes.start, _OTHER_CONTEXTS + episodes.stop)
+            contexts = contexts_to_choose_by(config.env, config.eval.seed, others)
             played: list[bool | None] = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
             return played
 
@@ -468,8 +471,6 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return run_tool(command, subjects, config)
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
-    from cluster.rundir import new_run_dir
-
     if command == "doctor":
         from cluster.doctor import examine
 
@@ -482,6 +483,8 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         from cluster.submit import submit
 
         return submit(config, config_file, settings)
+    from cluster.rundir import new_run_dir
+
     if command == "tune":
         from cluster.tune import search, search_space
 

@@ -45,7 +45,7 @@ from actors.progress import Progress
 from actors.totals import Totals
 from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, training_starts
-from ript_ray.choosing import best_in_rollouts
+from ript_ray.choosing import best_in_rollouts, candidates
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts, success_summary
@@ -233,6 +233,15 @@ class Coordinator:
         """Updates whose weights rollouts have played with, the best first: by the lower bound of their success."""
         with self._lock:
             return best_in_rollouts(self._by_version)
+
+    def candidates(self, last: int) -> list[int]:
+        """Updates whose policies are compared at the end, ``last`` among them; after a resume the same."""
+        if self._journal.run_dir is None:
+            return [last]
+        folder = self._journal.run_dir / "checkpoints"
+        found = candidates(last, self.best_updates(), self._config.train.candidates, folder)
+        settled: list[int] = self._journal.settle("candidates", found)
+        return settled
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this."""

@@ -158,7 +158,8 @@ class Dispatcher:
             RuntimeError: when no actor is left, or one cannot play for a reason that is not its environment's.
         """
         if self._journal.replaying:
-            return self._recall() if self._queue or self._dropped else None
+            # Not all that was dropped was being played then.
+            return self._recall() if self._queue or self._journal.upcoming in self._dropped else None
         self._start()  # what was only asked for while earlier sessions were lived through
         while not self._finished and self.outstanding:
             self._check_that_somebody_plays()

@@ -72,6 +72,11 @@ class Journal:
         """Is there anything left of earlier sessions?"""
         return bool(self._past)
 
+    @property
+    def upcoming(self) -> int | None:
+        """The number of the episode whose outcome is next among what is left of earlier sessions, if one is."""
+        return self._past[0].get("number") if self._past else None
+
     def settle(self, name: str, value: Any) -> Any:
         """Something that must not change while the run lasts: ``value``, or what an earlier session had."""
         if name not in self._settled:

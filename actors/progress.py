@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from ript_ray.choosing import episodes_of_halving
 from ript_ray.config import Config
 
 CHOOSING = "choosing among updates"
@@ -23,18 +24,21 @@ class Progress:
         self._stage = "starting"
         self._done = 0
         self._expected = 0
-        self._shares = _planned_work(config, training)
+        choosing = episodes_of_halving(min(config.train.candidates, config.train.updates), config.eval.halving_episodes)
+        self._planned = {CHOOSING: choosing} if training and choosing else {}
+        """Episodes of stages that are entered several times."""
+        self._shares = _planned_work(config, training, choosing)
         self._finished = dict.fromkeys(self._shares, 0.0)
 
     def enter(self, stage: str, expected: int) -> None:
         """Begin a stage of so many episodes, or more of the present one; the one before is finished."""
         with self._lock:
             if stage == self._stage:
-                self._expected += expected
+                self._expected = max(self._expected, self._done + expected)
                 return
             if self._stage in self._finished:
                 self._finished[self._stage] = 1.0
-            self._stage, self._done, self._expected = stage, 0, expected
+            self._stage, self._done, self._expected = stage, 0, max(expected, self._planned.get(stage, 0))
 
     def one_more(self) -> None:
         """An episode of this stage is done."""
@@ -62,7 +66,7 @@ class Progress:
             }
 
 
-def _planned_work(config: Config, training: bool) -> dict[str, float]:
+def _planned_work(config: Config, training: bool, choosing: int) -> dict[str, float]:
     """Share of each stage in the whole job, by a rough estimate of its duration in episodes.
 
     About half of the spare groups are needed, and on two cores a pass over an episode takes 0.008 of playing it.
@@ -77,6 +81,6 @@ def _planned_work(config: Config, training: bool) -> dict[str, float]:
     for step in range(config.train.updates):
         work[f"update {step + 1}: rollouts"] = episodes
         work[f"update {step + 1}: learning"] = trained * 0.008 * config.train.epochs * (step + 1)
-    if config.train.candidates > 1:  # the better half goes on to twice as many
-        work[CHOOSING] = 1.5 * config.train.candidates * config.eval.halving_episodes
+    if choosing:
+        work[CHOOSING] = choosing
     return {stage: amount / sum(work.values()) for stage, amount in work.items()}

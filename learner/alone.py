@@ -50,7 +50,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     Args:
         config: the whole configuration; ``train.mode=sync``.
         policy: the starting policy.
-        run_dir: gets ``metrics.jsonl`` and ``checkpoints/``.
+        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and ``final/``.
         say: told each step in a line.
 
     Returns:
@@ -134,7 +134,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         append_json_line(run_dir / "metrics.jsonl", {"time": time.time()} | row)
         say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     updates = player.version
-    best = [update for update in best_in_rollouts(played) if (checkpoints / f"{update:04d}").exists()]
+    compared = candidates(updates, best_in_rollouts(played), config.train.candidates, checkpoints)
 
     def policy_after(update: int) -> Policy:
         return load_policy(checkpoints / f"{update:04d}") if update else policy
@@ -143,10 +143,11 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         player.adopt(policy_after(update), update)
         return player.play(contexts_to_choose_by(config.env, config.eval.seed, episodes))
 
-    chosen = choose_update(candidates(updates, best, config.train.candidates), play_as, config.eval.halving_episodes)
+    chosen = choose_update(compared, play_as, config.eval.halving_episodes)
     ending = policy_after(chosen["update"])
     save_policy(run_dir / "final", ending, about={"update": chosen["update"]})
     player.adopt(ending, chosen["update"])
+    say(f"update {chosen['update']} is kept")
     final, contexts = player.evaluate(), evaluation_contexts(config)
     # The learner has nothing to do while rollouts are played.
     seconds |= {"learner_idle": seconds["rollout"], "total": time.perf_counter() - began}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from ript_ray.errors import UserError
 from ript_ray.evaluation import paired_p_value, success_summary
+from ript_ray.policies.checkpoints import load_policy
+
+log = logging.getLogger("ript_ray")
 
 Candidate = TypeVar("Candidate", bound=Hashable)
 Results = dict[Candidate, list[bool | None]]
@@ -96,9 +102,35 @@ def best_in_rollouts(played: Mapping[int, Sequence[bool]]) -> list[int]:
     return sorted(low, key=lambda version: (low[version], version), reverse=True)
 
 
-def candidates(last: int, best: Sequence[int], count: int) -> list[int]:
-    """The updates to choose from: the last, and those that did best in rollouts, ``count`` in all at most."""
-    return sorted([last, *[update for update in best if update != last][: count - 1]])
+def candidates(last: int, best: Sequence[int], count: int, checkpoints: Path) -> list[int]:
+    """The updates to choose from: the last, and those that did best in rollouts, ``count`` in all at most.
+
+    Args:
+        last: the last update.
+        best: updates, the best in rollouts first.
+        count: ``train.candidates``.
+        checkpoints: folder of the run; what cannot be read there is not among them, and the log says so.
+    """
+    found = [last]
+    for update in best:
+        folder = checkpoints / f"{update:04d}"
+        if len(found) == count or update == last or not folder.exists():
+            continue
+        try:
+            load_policy(folder)
+            found.append(update)
+        except UserError as error:
+            log.warning("the policy of update %d is not compared: %s", update, error)
+    return sorted(found)
+
+
+def episodes_of_halving(count: int, first: int) -> int:
+    """So many episodes `successive_halving` plays with ``count`` candidates; none with one."""
+    total, alive, new = 0, count, first
+    while alive > 1:
+        total += alive * new
+        alive, new = -(-alive // 2), new if alive == count else 2 * new
+    return total
 
 
 def _rate(results: Sequence[bool | None]) -> float:

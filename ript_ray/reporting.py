@@ -65,7 +65,8 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
             x, rate, yerr=[rate - low, high - rate], fmt="o--", color="tab:gray", capsize=3, label="training rollouts"
         )
     held_out = summary["evaluation"].get("held_out", {})
-    for at, name, colour in ((0, "base", "tab:orange"), (updates, "final", "tab:blue")):
+    kept = summary.get("chosen", {"update": updates})["update"]
+    for at, name, colour in ((0, "base", "tab:orange"), (kept, "final", "tab:blue")):
         result = held_out.get(name)
         if result:
             low_, high_ = result["ci95"]
@@ -111,6 +112,10 @@ def describe_summary(summary: dict[str, Any]) -> str:
     ]
     seconds = summary["seconds"]
     groups = summary["groups"]
+    chosen = summary.get("chosen", {"table": []})  # a run of an earlier version has none
+    if chosen["table"]:
+        played = ", ".join(f"{row['update']}: {row['successes']}/{row['episodes']}" for row in chosen["table"])
+        columns.append(f"  update {chosen['update']} is kept, the best from other starts ({played})")
     tried = summary.get("settings_tried", 1)
     return "\n".join(
         [

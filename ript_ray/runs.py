@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
 from ript_ray.evaluation import wilson_interval
 from ript_ray.reporting import describe_rate, describe_summary
+
+log = logging.getLogger("ript_ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +91,24 @@ def settings_tried(run_dir: Path) -> int:
 
     Seeds, names, and where and how wide a run ran make no other setting. Whoever picks the best of many has to say so.
     """
-    own = _what_was_tried(run_dir)
-    beside = [file.parent for file in run_dir.resolve().parent.glob("*/config.yaml")]
-    tried = [_what_was_tried(folder) for folder in beside if (folder / "metrics.jsonl").exists()]
-    distinct = {yaml.safe_dump(settings) for settings in [own, *tried] if settings["env"]["id"] == own["env"]["id"]}
-    return len(distinct)
+    own = _what_was_tried(run_dir / "config.yaml")
+    tried = [own]
+    for file in run_dir.resolve().parent.glob("*/config.yaml"):
+        try:
+            if (file.parent / "metrics.jsonl").exists():
+                tried.append(_what_was_tried(file))
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # it is no run, or none of ours
+            log.warning("%s is not counted among the settings that were tried", file)
+    return len({yaml.safe_dump(settings) for settings in tried if settings["env"]["id"] == own["env"]["id"]})
 
 
-def _what_was_tried(run_dir: Path) -> dict[str, Any]:
+def _what_was_tried(file: Path) -> dict[str, Any]:
     # As it stands there: a run of an earlier version may have keys that are no more.
-    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    return {name: settings[name] for name in ("env", "policy", "eval", "sampling", "data", "objective", "train")}
+    settings = yaml.safe_load(file.read_text())
+    tried = {name: settings[name] for name in ("env", "policy", "eval", "sampling", "data", "objective", "train")}
+    if "id" not in tried["env"]:
+        raise LookupError("env.id")
+    return tried
 
 
 def describe_run(run: Run) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import make_policy
 
 from ript_ray.algos.sampling import contexts_to_choose_by, training_starts
-from ript_ray.choosing import best_in_rollouts, candidates, choose_guidance, choose_update
-from ript_ray.config import Config, EnvConfig
+from ript_ray.choosing import best_in_rollouts, candidates, choose_guidance, choose_update, episodes_of_halving
+from ript_ray.config import Config
 from ript_ray.evaluation import evaluation_contexts, paired_p_value
+from ript_ray.policies.checkpoints import save_policy
 
 
 def test_successive_halving_spends_its_episodes_on_the_better_half() -> None:
@@ -64,20 +68,41 @@ def test_the_best_update_is_chosen_and_of_equals_the_later() -> None:
     assert choose_update([7], never, first=4) == {"update": 7, "table": []}
 
 
-def test_candidates_are_the_last_and_the_best_in_rollouts() -> None:
+def test_candidates_are_the_last_and_the_best_in_rollouts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     played = {0: [True] * 10, 1: [True] * 4, 2: [True] * 9 + [False], 3: [True, False] * 5, 4: [True, False] * 5}
     ranked = best_in_rollouts(played)
     assert ranked == [2, 1, 4, 3]  # four of four prove less than nine of ten
-    assert candidates(5, ranked, 1) == [5]
-    assert candidates(5, ranked, 3) == [1, 2, 5]
-    assert candidates(4, ranked, 3) == [1, 2, 4]
-    assert candidates(5, ranked, 9) == [1, 2, 3, 4, 5]
-    assert candidates(0, [], 3) == [0]
+    for update in (1, 2, 3, 5):
+        save_policy(tmp_path / f"{update:04d}", make_policy())
+    assert candidates(5, ranked, 1, tmp_path) == [5]
+    assert candidates(5, ranked, 3, tmp_path) == [1, 2, 5]
+    assert candidates(2, ranked, 2, tmp_path) == [1, 2]
+    assert candidates(5, ranked, 9, tmp_path) == [1, 2, 3, 5]  # 4 was not kept
+    assert candidates(0, [], 3, tmp_path) == [0]
+    assert not caplog.records
+    (tmp_path / "0002" / "model.safetensors").write_bytes(b"cut short")
+    assert candidates(5, ranked, 2, tmp_path) == [1, 5]
+    assert "the policy of update 2 is not compared" in caplog.text
 
 
+@pytest.mark.parametrize("count", [*range(1, 10), 16, 17])
+def test_the_episodes_of_a_halving_are_known_before(count: int) -> None:
+    played: list[int] = []
+
+    def play(candidate: int, episodes: range) -> list[bool]:
+        played.extend(episodes)
+        return [i % (candidate + 1) == 0 for i in episodes]
+
+    choose_update(range(count), play, first=6)
+    assert len(played) == episodes_of_halving(count, 6)
+
+
+@pytest.mark.parametrize("placements", [0, 5])
 @pytest.mark.parametrize("tasks", ["libero_object/0", "libero_object/0,libero_object/3"])
-def test_what_is_chosen_by_is_neither_trained_on_nor_in_the_exam(tasks: str) -> None:
-    config = Config(env=EnvConfig(id=tasks, train_placements=5))
+def test_what_is_chosen_by_is_neither_trained_on_nor_in_the_exam(tasks: str, placements: int) -> None:
+    config = Config.model_validate(
+        {"env": {"id": tasks, "train_placements": placements}, "eval": {"random_placement": 20}}
+    )
     contexts = contexts_to_choose_by(config.env, config.eval.seed, range(20))
     assert len(set(contexts)) == len({context.start for context in contexts}) == 20
     assert {context.env_id for context in contexts} == set(config.env.ids)
@@ -85,5 +110,3 @@ def test_what_is_chosen_by_is_neither_trained_on_nor_in_the_exam(tasks: str) -> 
     assert not {context.start for context in contexts} & set(training_starts(config.env))
     exam = [context.start for column in evaluation_contexts(config).values() for context in column]
     assert not {context.start for context in contexts} & set(exam)
-    official = EnvConfig(id=tasks)  # has no other starts to choose by than those of training
-    assert {c.start for c in contexts_to_choose_by(official, 0, range(60))} <= set(training_starts(official))

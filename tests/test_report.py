@@ -103,6 +103,11 @@ def test_the_settings_that_were_tried_are_counted(tmp_path: Path) -> None:
     assert settings_tried(tmp_path / "a") == settings_tried(tmp_path / "more updates") == 3
     (tmp_path / "larger frames" / "metrics.jsonl").unlink()  # it never trained
     assert settings_tried(tmp_path / "a") == 2
+    for i, text in enumerate(["", "env: {id: libero_object/0}", "env: [", "[1, 2]", "\x00"]):  # of other programs
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.yaml").write_text(text)
+        (tmp_path / str(i) / "metrics.jsonl").touch()
+    assert settings_tried(tmp_path / "a") == 2
 
 
 def test_a_run_tells_its_story_finished_or_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

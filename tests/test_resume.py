@@ -185,11 +185,11 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     stop_when(process, run, played(7), signal.SIGKILL)  # the evaluation is over, the first group half collected
     process = start("--resume", str(run))
     stop_when(process, run, collected(1, 0.05), signal.SIGKILL)  # within the second update
-    process = start("--resume", str(run))
-    total = json.loads((undisturbed / "summary.json").read_text())["episodes"]
-    stop_when(process, run, played(total - 4 - 2), signal.SIGKILL)  # two updates' policies play, to be compared
     shutil.rmtree(copied)  # it is not on the other machine
-    finish(start(*command, f"run.dir={elsewhere}", "run.resume=true"))
+    process = start(*command, f"run.dir={elsewhere}", "run.resume=true")
+    total = json.loads((undisturbed / "summary.json").read_text())["episodes"]
+    stop_when(process, elsewhere, played(total - 4 - 2), signal.SIGKILL)  # two updates' policies play, to be compared
+    finish(start("--resume", str(elsewhere)))
     there, here = story(undisturbed), story(elsewhere)
     assert here[0] == there[0]
     assert here[1] == there[1]

@@ -51,15 +51,9 @@ def training_starts(config: EnvConfig) -> list[Start]:
 
 
 def contexts_to_choose_by(config: EnvConfig, first_seed: int, episodes: range) -> list[Context]:
-    """Episodes by which policies or settings are compared before the exam, from starts that the exam does not have.
-
-    They are placements that training does not have either; where it has official states alone, they are those.
-    """
-    starts = training_starts(config)
-    if config.train_placements:
-        first, tasks = _FIRST_PLACEMENT + config.train_placements, config.ids
-        starts = [(tasks[i % len(tasks)], None, first + i // len(tasks)) for i in range(episodes.stop)]
-    return [start_context(starts[i % len(starts)], first_seed + i) for i in episodes]
+    """Episodes by which policies or settings are compared: from placements that neither training nor the exam has."""
+    first, tasks = _FIRST_PLACEMENT + config.train_placements, config.ids
+    return [start_context((tasks[i % len(tasks)], None, first + i // len(tasks)), first_seed + i) for i in episodes]
 
 
 def start_context(start: Start, seed: int) -> Context:

@@ -156,8 +156,8 @@ class TrainConfig(Section):
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay of the moving average of the weights, per optimiser step; 0 for none."""
     act_with_ema: bool = True
-    """With ``ema``: rollouts act with the averaged weights; else with the last ones, and only the last of
-    ``updates`` gives the average, which is evaluated and kept."""
+    """With ``ema``: rollouts act with the averaged weights; else with the last ones, and only the last of ``updates``
+    gives the average."""
     freeze: tuple[str, ...] = ()
     """Parts of the policy that are not trained, for example [vision, projector, language, words] of π0: all
     but what acts."""

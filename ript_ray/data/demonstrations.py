@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ript_ray.algos.advantages import leave_one_out
+from ript_ray.algos.sampling import training_starts
 from ript_ray.config import Config, DataConfig, load_config, resolve
 from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
@@ -20,7 +21,6 @@ from ript_ray.data.shards import starts_seen
 from ript_ray.data.storage import load_episode, load_trajectories
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
-from ript_ray.evaluation import evaluation_contexts
 from ript_ray.policies.policy import Policy
 from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, EpisodeReport, Start, Trajectory
@@ -102,7 +102,8 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:
 
     The episodes are played again, which gives the same frames, states and outcomes. ``advantages`` are leave-one-out
     over the episodes of the run that share a start and a policy version; those without others have none, 0.
-    Evaluations of a training run are left out: whoever trains on the dataset must not have seen the exam.
+    Evaluations of a training run, and what it has chosen by, are left out: whoever trains on the dataset must not have
+    seen the exam.
 
     Args:
         run_dir: of the run.
@@ -119,8 +120,8 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:
     if not files:
         raise UserError(f"{run_dir} holds no recorded episodes; expected the directory of a run of train or eval")
     records = {file: load_episode(file)[0] for file in files}
-    exam = set(itertools.chain(*evaluation_contexts(load_config(run_dir / "config.yaml", [])).values()))
-    if learnt_from := {file: record for file, record in records.items() if record.context not in exam}:
+    starts = set(training_starts(load_config(run_dir / "config.yaml", []).env))
+    if learnt_from := {file: record for file, record in records.items() if record.context.start in starts}:
         records = learnt_from  # else it is a run of eval
     groups: dict[tuple[Start, int], list[float]] = {}
     for record in records.values():

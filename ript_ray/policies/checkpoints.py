@@ -42,6 +42,16 @@ def save_policy(folder: Path, policy: Policy, about: Mapping[str, object] | None
         staging.rename(folder)
 
 
+def copy_policy(source: Path, target: Path) -> None:
+    """Copy the folder of a policy; it appears complete or not at all, in place of what was there."""
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    if target.exists():
+        shutil.rmtree(target)
+    staging.rename(target)
+
+
 def load_policy(folder: Path) -> Policy:
     """Read a policy in evaluation mode.
 

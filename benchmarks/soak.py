@@ -21,8 +21,8 @@ from ript_ray.errors import UserError
 from ript_ray.reporting import write_json
 from ript_ray.watchdog import private_mb
 
-UPDATES_PER_HOUR = 4 * 60 / 22
-"""Of the default job on two cores, which makes four in 22 minutes (docs/learning.md)."""
+UPDATES_PER_HOUR = 3 * 60 / 18
+"""Of the default job on two cores, which makes three in 18 minutes (docs/learning.md)."""
 _EVERY_S = 1.0
 _FEWEST_UPDATES = 20
 

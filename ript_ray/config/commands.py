@@ -113,7 +113,7 @@ class BenchConfig(Section):
     """Faults that ``bench faults`` injects."""
     job_timeout_s: float = Field(default=7200.0, gt=0.0)
     """Longest time of a job in ``bench async`` and ``bench soak``."""
-    soak_updates: int = Field(default=262, ge=1)
+    soak_updates: int = Field(default=240, ge=1)
     """Updates of the job that ``bench soak`` watches; the default job would make so many in a day."""
     simulated: int = Field(default=1000, ge=1)
     """Rollout actors that ``bench control`` simulates."""

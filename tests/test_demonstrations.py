@@ -28,9 +28,9 @@ from ript_ray.watchdog import private_mb
 POINT_REACH = "gymnasium/ript_ray/PointReach-v0"
 
 
-def play(env: World, seed: int) -> Trajectory:
+def play(env: World, seed: int, state: int | None = 3) -> Trajectory:
     """Straight to the target for even seeds, anywhere for odd ones, with a frame at every step."""
-    context = Context(env.id, init_state=3, seed=seed)
+    context = Context(env.id, state, seed, placement=None if state is not None else 500_000)
     observation, _ = env.reset(**context.reset_arguments())
     recorder = Recorder(env, context)
     rng = np.random.default_rng(seed)
@@ -45,11 +45,8 @@ def play(env: World, seed: int) -> Trajectory:
 
 
 def record(run: Path, played: list[Trajectory], max_steps: int) -> None:
-    """What a run of train leaves of episodes; evaluation has the seeds from 100 on."""
-    settings = {
-        "env": {"id": POINT_REACH, "eval_init_states": [3, 4], "train_init_states": [0, 3]},
-        "eval": {"seed": 100},
-    }
+    """What a run of train leaves of episodes; it has learnt from state 3."""
+    settings = {"env": {"id": POINT_REACH, "train_init_states": [3, 4], "eval_init_states": [0, 3]}}
     for i, trajectory in enumerate(played):
         save_episode(run / "episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, max_steps))
     save_config(Config.model_validate(settings), run / "config.yaml")
@@ -85,7 +82,8 @@ def test_demonstrations_to_be_mixed_with_rollouts_are_successful_and_alike(point
 def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = make(POINT_REACH, image_size=32, max_steps=12)
     played = [play(env, seed) for seed in range(4)]
-    record(tmp_path / "run", [*played, play(env, 100), play(env, 101)], env.max_steps)  # without those of the exam
+    besides = [play(env, 100, state=1), play(env, 101, state=None)]  # of the exam, and to choose by
+    record(tmp_path / "run", [*played, *besides], env.max_steps)
     assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "dataset")]) == 0
     found = list(read_demonstrations(tmp_path / "dataset", POINT_REACH))
     assert len(found) == 4

@@ -80,7 +80,7 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
                 markersize=8,
                 label=f"held-out, {name}: {result['successes']}/{result['episodes']}",
             )
-    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1), xticks=range(updates + 1), title=summary["env"])
+    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1.03), xticks=range(updates + 1), title=summary["env"])
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()

@@ -248,6 +248,10 @@ class Coordinator:
         self._learnt_at = time.monotonic()
         self._progress.learning(step, done, expected)
 
+    def close(self) -> None:
+        """The session ends: that its processes go, one before the other, is no fault of the run."""
+        self._journal.close()
+
     def _best(self) -> dict[str, Any] | None:
         """The update whose weights did best in rollouts, and how well, as far as there were rollouts."""
         folder = None if self._journal.run_dir is None else self._journal.run_dir / "checkpoints"

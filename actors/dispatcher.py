@@ -26,6 +26,8 @@ from ript_ray.types import Context, EpisodeReport, FrameJob
 _MAX_ATTEMPTS = 3
 """An episode that fails so often is given up: the fault is not the actor's."""
 _RENDER_RETRIES = 3
+_OWNER_DIED = "its owner has died"
+"""What Ray says of an actor that went with its driver: no fault of its episode, nor of the run."""
 
 
 @dataclass(slots=True)
@@ -194,6 +196,7 @@ class Dispatcher:
                 self._idle.append(actor)
                 self._retry(episode, actor, error)
             except (RayActorError, ObjectLostError) as error:
+                _raise_if_the_driver_is_gone(error)
                 self._expect(actor, episode)
                 self._retry(episode, actor, error)
         self._end_overdue()
@@ -245,6 +248,7 @@ class Dispatcher:
             self._idle.append(actor)
             self.there.append(actor)
         except RayActorError as error:  # it cannot be started again; the others go on
+            _raise_if_the_driver_is_gone(error)
             self._survived(f"a rollout actor is gone for good: {error}")
 
     def _check_that_somebody_plays(self) -> None:
@@ -328,3 +332,8 @@ class Dispatcher:
     def _survived(self, fault: str) -> None:
         self._journal.fault(fault)
         self.errors.append(fault)
+
+
+def _raise_if_the_driver_is_gone(error: RayError) -> None:
+    if _OWNER_DIED in str(error):
+        raise RuntimeError("the driver is gone, and its rollout actors with it") from error

@@ -49,6 +49,7 @@ class Journal:
         self._number = 0
         self.seconds_before = 0.0
         """Length of earlier sessions."""
+        self._closed = False
         if self._file is None:
             return
         self._out = self._file.open("a")
@@ -119,8 +120,12 @@ class Journal:
         """The next entry of the past if it is one of these kinds; it counts as lived through."""
         return self._past.popleft() if self._past and self._past[0]["kind"] in kinds else None
 
+    def close(self) -> None:
+        """Note nothing any more."""
+        self._closed = True
+
     def _write(self, kind: str, **values: Any) -> None:
-        if self._file is not None:
+        if self._file is not None and not self._closed:
             self._out.write(json.dumps({"kind": kind, "time": time.time()} | values) + "\n")
             self._out.flush()
 

@@ -29,7 +29,7 @@ class Monitor:
 
     It also looks after the job: the coordinator and others are killed when they give no sign of life; and when nothing
     is played or learnt for ``scaling.wait_timeout_s`` a `TimeoutError` is raised in the main thread, whatever that is
-    waiting for.
+    waiting for. When it ends the coordinator notes nothing more.
 
     Args:
         coordinator: handle of a `Coordinator`.
@@ -75,6 +75,8 @@ class Monitor:
         if not self._thread.is_alive():  # without a handler its signal would end this process
             signal.signal(_INTERRUPT, self._before)
         self._poll()
+        with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, or works on
+            ray.get(self._coordinator.close.remote(), timeout=_ANSWER_S)
         self._bar.close()
         if kind is KeyboardInterrupt and self._stalled is not None:
             raise self._stalled

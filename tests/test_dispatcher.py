@@ -1,14 +1,17 @@
-"""Outcomes that a journal holds, lived through again; no actor plays here."""
+"""Outcomes that a journal holds, lived through again; and actors that go with the driver that has started them."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 from conftest import make_trajectory
 
 from actors.dispatcher import Dispatcher, Episode
-from actors.journal import Journal
+from actors.journal import Journal, read_journal
 from ript_ray.config import ScalingConfig
 from ript_ray.types import Context, EpisodeReport
 
@@ -61,3 +64,46 @@ def test_what_was_dropped_while_it_was_played_is_handed_on(tmp_path: Path) -> No
     assert outcome is not None
     assert outcome.report is not None
     assert outcome.report.context == BROKEN[1]
+
+
+@ray.remote(num_cpus=0)
+class Player:
+    """Never ends an episode."""
+
+    def awake(self) -> str:
+        return ""
+
+    def collect(self, *_: Any) -> tuple[None, None]:
+        time.sleep(600)
+        return None, None
+
+
+@ray.remote(num_cpus=0)
+class Driver:
+    """Owns players, as the process does that starts a run."""
+
+    def players(self, count: int) -> list[Any]:
+        self._players = [Player.options(max_restarts=-1).remote() for _ in range(count)]
+        ray.get([player.awake.remote() for player in self._players], timeout=60)
+        return self._players
+
+
+def test_that_actors_go_with_their_driver_is_no_fault_of_the_run(tmp_path: Path) -> None:
+    driver = Driver.remote()
+    players = ray.get(driver.players.remote(3), timeout=120)
+    dispatcher = Dispatcher(players, ScalingConfig(), Journal(tmp_path))
+    dispatcher.submit(Episode(-1, FINE, guidance=1.0))
+    ray.kill(driver)
+    with pytest.raises(RuntimeError, match="the driver is gone"):
+        dispatcher.next()
+    assert dispatcher.errors == []
+    assert [entry["kind"] for entry in read_journal(tmp_path)] == ["session"]
+
+
+def test_a_journal_that_is_closed_takes_nothing_more(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.fault("seen")
+    journal.close()
+    journal.fault("the actors are gone")
+    journal.given_up(0, "failed 3 times")
+    assert [entry.get("text") for entry in read_journal(tmp_path)] == [None, "seen"]

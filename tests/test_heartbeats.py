@@ -34,6 +34,9 @@ class Worker:
     def progress(self, seen: int) -> dict[str, Any]:
         return {"stage": "thinking", "done": 0, "expected": 1, "fraction": 0.0, "rows": []}
 
+    def close(self) -> None:
+        """As the coordinator has it."""
+
 
 def test_only_the_one_that_hangs_is_killed() -> None:
     busy, slow, hung = Worker.remote(), Worker.remote(6.0), Worker.remote()

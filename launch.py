@@ -132,7 +132,7 @@ def train_until_it_fails(
     from cluster.session import ResourcePlan, ray_session, spawn
     from cluster.summary import leave_behind, summarise
     from learner.loop import learner_group
-    from ript_ray.data.demonstrations import demonstrations_to_show
+    from ript_ray.data.demonstrations import check_same_demonstrations, demonstrations_to_show
     from ript_ray.policies.checkpoints import newest_policy
     from ript_ray.policies.starting import keep_starting_policy
     from ript_ray.report import LiveReport
@@ -142,6 +142,7 @@ def train_until_it_fails(
     started = time.perf_counter()
     policy = keep_starting_policy(config, run_dir)
     shown = demonstrations_to_show(config, policy)
+    check_same_demonstrations(shown, config, run_dir)
     update, newest, damaged = newest_policy(run_dir / "checkpoints")
     for reason in damaged:
         log.warning("%s; going on from update %d", reason, update)

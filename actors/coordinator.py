@@ -205,6 +205,7 @@ class Coordinator:
         totals["seconds"]["earlier"] = self._journal.seconds_before
         return totals | {
             "sessions": self._journal.sessions,
+            "played_again": self._journal.played_again,
             "best": self._best(),
             "skipped_states": self._sampler.skipped,
             "set_aside": [asdict(entry) for entry in self._sampler.aside],

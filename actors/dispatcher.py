@@ -272,6 +272,8 @@ class Dispatcher:
                 continue
             self._idle.remove(actor)
             self._at[actor] = episode.context.env_id
+            if not episode.attempts:
+                self._journal.began(episode.number)
             episode.attempts += 1
             episode.deadline = time.monotonic() + self._timeout_s
             file = self._journal.episode_file(episode.number)

@@ -44,6 +44,9 @@ class Journal:
         """How often the run was started, this time included."""
         self.faults: list[str] = []
         """That earlier sessions survived."""
+        self.played_again: list[int] = []
+        """Numbers of episodes that were under way when a session ended, and begun anew in a later one."""
+        self._begun: set[int] = set()
         self._past: deque[dict[str, Any]] = deque()
         self._settled: dict[str, Any] = {}
         self._number = 0
@@ -64,6 +67,8 @@ class Journal:
                 self.faults.append(entry["text"])
             elif entry["kind"] == "settled":
                 self._settled[entry["name"]] = entry["value"]
+            elif entry["kind"] == "began":
+                self._note_beginning(entry["number"])
             else:
                 self._past.append(entry)
         self._write("session")
@@ -94,6 +99,11 @@ class Journal:
         """Where an episode is recorded."""
         return None if self._episodes is None else self._episodes / f"{number:06d}.safetensors"
 
+    def began(self, number: int) -> None:
+        """Note that a session plays an episode; not where replaying gets to, since clocks decide when it comes."""
+        self._note_beginning(number)
+        self._write("began", number=number)
+
     def played(self, number: int, report: EpisodeReport) -> None:
         """Note that an episode was played."""
         rest = {f.name: getattr(report, f.name) for f in fields(report) if f.name not in ("context", "frame_steps")}
@@ -123,6 +133,11 @@ class Journal:
     def close(self) -> None:
         """Note nothing any more."""
         self._closed = True
+
+    def _note_beginning(self, number: int) -> None:
+        if number in self._begun:
+            self.played_again.append(number)
+        self._begun.add(number)
 
     def _write(self, kind: str, **values: Any) -> None:
         if self._file is not None and not self._closed:

@@ -57,18 +57,12 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         What goes into ``summary.json``.
     """
     began = time.perf_counter()
-    learning = build_policy(policy.describe(), cpu_weights(policy)).float()
-    start = cpu_weights(policy)
-    anchor = build_policy(policy.describe(), start).float().requires_grad_(False) if config.train.anchor > 0 else None
-    acting = learning
-    player = Player(config, learning)
+    learner = _Learner(config, policy)
+    player = Player(config, policy)
     base = player.evaluate()
     say(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
-    demos = number_demos([(EpisodeReport.of(demo), demo) for demo in demonstrations_to_show(config, policy)])
+    samples = _Samples(config)
     sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
-    reports: dict[int, EpisodeReport] = {}
-    advantages: dict[int, float] = {}
-    trajectories: dict[int, Trajectory] = {}
     groups = {"accepted": 0, "rejected": 0}
     played: dict[int, list[bool]] = {}
     checkpoints = run_dir / "checkpoints"
@@ -81,12 +75,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             outcomes = np.array([float(rollout.success) for rollout in rollouts])
             rewards += outcomes.tolist()
             sampler.record(group, outcomes)
-            if is_kept(outcomes, config.objective):
+            if samples.add(group, rollouts, outcomes):
                 accepted.append(group.id)
-                first = group.id * len(rollouts)
-                for i, (rollout, advantage) in enumerate(zip(rollouts, leave_one_out(outcomes), strict=True), first):
-                    reports[i], trajectories[i] = EpisodeReport.of(rollout), rollout
-                    advantages[i] = float(advantage)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
         played[player.version] = [reward > 0 for reward in rewards]
@@ -98,27 +88,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
             say(f"train.stop_at={goal:g} is reached")
             break
-        stale = [i for i, r in reports.items() if r.policy_version < step - config.train.max_staleness]
-        for i in stale:
-            del reports[i], trajectories[i], advantages[i]
-        shard, _ = make_shard(step, reports, advantages, trajectories, config, demos)
-        torch.set_num_threads(config.scaling.learner_threads)
-        frames = player.missing_frames(shard.windows, trajectories)
-        steps = plan_steps(shard, shard.trajectories, config.train.micro_batch, frames)
-        generator = update_generator(config.run.seed, step, rank=0)
-        diagnostics: dict[str, float] = {}
-        if steps:  # else what acts goes on acting
-            if config.train.restart:
-                learning.load_state_dict(start)
-            acting, diagnostics = update(
-                learning,
-                steps,
-                config.train,
-                config.objective,
-                generator,
-                anchor=anchor,
-                averaging=config.train.averages(step),
-            )
+        samples.drop_older_than(step - config.train.max_staleness)
+        acting, diagnostics = learner.learn(step, samples, player)
         save_policy(checkpoints / f"{step + 1:04d}", acting, about={"update": step + 1})
         if config.run.keep_checkpoints is not None:
             best = best_in_rollouts(played)
@@ -127,7 +98,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/skipped_states": float(sampler.skipped)}
-        row |= {"rollout/seconds": learning_began - rollouts_began, "learner/steps": float(len(steps))}
+        row |= {"rollout/seconds": learning_began - rollouts_began}
         row |= {"learner/busy_s": time.perf_counter() - learning_began}
         seconds["learner_busy"] += row["learner/busy_s"]
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
@@ -164,6 +135,71 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         "seconds": seconds,
         "versions": versions(describe_renderer()),
     }
+
+
+class _Samples:
+    """Rollouts that are trained on, as the sample pool has them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.reports: dict[int, EpisodeReport] = {}
+        self.advantages: dict[int, float] = {}
+        self.trajectories: dict[int, Trajectory] = {}
+
+    def add(self, group: Group, rollouts: Sequence[Trajectory], rewards: np.ndarray) -> bool:
+        """Add a group, if it is one to learn from."""
+        if not is_kept(rewards, self._config.objective):
+            return False
+        first = group.id * len(rollouts)
+        for i, (rollout, advantage) in enumerate(zip(rollouts, leave_one_out(rewards), strict=True), first):
+            self.reports[i], self.trajectories[i] = EpisodeReport.of(rollout), rollout
+            self.advantages[i] = float(advantage)
+        return True
+
+    def drop_older_than(self, version: int) -> None:
+        """Drop what was played with weights before ``version``."""
+        for i in [i for i, report in self.reports.items() if report.policy_version < version]:
+            del self.reports[i], self.trajectories[i], self.advantages[i]
+
+
+class _Learner:
+    """Updates a copy of the starting policy.
+
+    Args:
+        config: the whole configuration.
+        policy: the starting policy.
+    """
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        self._config = config
+        self._start = cpu_weights(policy)
+        self._policy = build_policy(policy.describe(), self._start).float()
+        anchored = config.train.anchor > 0
+        self._anchor = build_policy(policy.describe(), self._start).float().requires_grad_(False) if anchored else None
+        self._acting = self._policy
+        self._demos = number_demos([(EpisodeReport.of(demo), demo) for demo in demonstrations_to_show(config, policy)])
+
+    def learn(self, step: int, samples: _Samples, player: Player) -> tuple[Policy, dict[str, float]]:
+        """One update, whose missing frames the player renders: the policy to act with, and diagnostics."""
+        config = self._config
+        shard, _ = make_shard(step, samples.reports, samples.advantages, samples.trajectories, config, self._demos)
+        torch.set_num_threads(config.scaling.learner_threads)
+        frames = player.missing_frames(shard.windows, samples.trajectories)
+        steps = plan_steps(shard, shard.trajectories, config.train.micro_batch, frames)
+        diagnostics: dict[str, float] = {}
+        if steps:  # else what acts goes on acting
+            if config.train.restart:
+                self._policy.load_state_dict(self._start)
+            self._acting, diagnostics = update(
+                self._policy,
+                steps,
+                config.train,
+                config.objective,
+                update_generator(config.run.seed, step, rank=0),
+                anchor=self._anchor,
+                averaging=config.train.averages(step),
+            )
+        return self._acting, {"steps": float(len(steps))} | diagnostics
 
 
 class Player:

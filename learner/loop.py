@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,22 +120,12 @@ def train_loop(settings: dict[str, Any]) -> None:
     policy = build_policy(settings["description"], start).float().to(device)
     anchored = config.train.anchor > 0
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
-    acting = policy
     memory = PeakMemory()
     home = settings["home"]
-    checkpoints: Path = home.run_dir / "checkpoints"
-    first = 0
     published = ray.get(store.newest.remote(0), timeout=limit)
-    if published is not None:  # the group was restarted: the updates so far are done
-        first = published[0]
-        with (
-            home.reading(checkpoints / f"{first:04d}") as acted,
-            home.reading(checkpoints / UNAVERAGED.format(first)) as unaveraged,
-        ):
-            policy.load_state_dict(load_policy(unaveraged if unaveraged.exists() else acted).state_dict())
-            if unaveraged.exists():
-                acting = load_policy(acted).float().to(device)
-    worker = _Worker(rank, mesh, anchor, coordinator, memory, home)
+    first = 0 if published is None else published[0]
+    acting = _go_on(policy, first, home) if first else policy
+    worker = _Worker(rank, mesh, anchor, coordinator, store, memory, home)
     if (reason := ray.get(coordinator.diagnosis.remote(), timeout=limit)) is not None:
         raise RuntimeError(reason)  # it was not the process: the update would fail again
     if rank == 0:
@@ -151,6 +143,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         idle = time.perf_counter() - waiting
         began = time.perf_counter()
         frames = RenderedFrames(shard.rendered, limit)
+        prefetch([*shard.trajectories.values(), *(batch.reference[0] for batch in shard.rendered)], limit)
         steps = plan_steps(shard, _Trajectories(shard.trajectories, limit), config.train.micro_batch, frames)
         diagnostics: dict[str, float] = {}
         if steps:  # else what acts goes on acting
@@ -169,16 +162,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         if rank == 0:
             # Before the checkpoint: once that is there, the update is not done again.
             ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
-            arrays, sha256 = to_publish(acting, config.policy.precision)
-            if acting is not policy and not config.train.restart:
-                with home.writing(checkpoints / UNAVERAGED.format(step + 1)) as place:
-                    save_policy(place, policy)
-            with home.writing(checkpoints / f"{step + 1:04d}") as place:
-                save_policy(place, acting, about={"update": step + 1})
-            ray.get(store.publish.remote(step + 1, [ray.put(arrays)], sha256), timeout=limit)
-            if config.run.keep_checkpoints is not None:
-                best = ray.get(coordinator.best_updates.remote(), timeout=limit)
-                home.prune(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
+            _publish(step + 1, policy, acting, config, worker)
         ray.train.report(row)
 
 
@@ -191,8 +175,37 @@ class _Worker:
     """Of the learners, where they divide the weights among them."""
     anchor: Policy | None
     coordinator: Any
+    store: Any
     memory: PeakMemory
     home: Any
+
+
+def _go_on(policy: Policy, update: int, home: Any) -> Policy:
+    """Take up the weights after ``update``, which an earlier group made; returns the policy that acts."""
+    checkpoints = home.run_dir / "checkpoints"
+    with (
+        home.reading(checkpoints / f"{update:04d}") as acted,
+        home.reading(checkpoints / UNAVERAGED.format(update)) as unaveraged,
+    ):
+        averaged = unaveraged.exists()
+        policy.load_state_dict(load_policy(unaveraged if averaged else acted).state_dict())
+        return load_policy(acted).float().to(next(policy.parameters()).device) if averaged else policy
+
+
+def _publish(version: int, policy: Policy, acting: Policy, config: Config, worker: _Worker) -> None:
+    """Write the checkpoint, then give the weights to the rollout actors."""
+    limit, home = config.scaling.wait_timeout_s, worker.home
+    checkpoints = home.run_dir / "checkpoints"
+    arrays, sha256 = to_publish(acting, config.policy.precision)
+    if acting is not policy and not config.train.restart:
+        with home.writing(checkpoints / UNAVERAGED.format(version)) as place:
+            save_policy(place, policy)
+    with home.writing(checkpoints / f"{version:04d}") as place:
+        save_policy(place, acting, about={"update": version})
+    ray.get(worker.store.publish.remote(version, [ray.put(arrays)], sha256), timeout=limit)
+    if config.run.keep_checkpoints is not None:
+        best = ray.get(worker.coordinator.best_updates.remote(), timeout=limit)
+        home.prune(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
 
 
 def _learn(
@@ -268,6 +281,22 @@ def plan_steps(
         )
         for rows in shard.order
     ]
+
+
+def prefetch(references: Sequence[Any], timeout_s: float) -> None:
+    """Begin to bring objects to this node, while the learner trains on those that are here.
+
+    Args:
+        references: of objects that may be on any node, or not made yet.
+        timeout_s: after which those that are not here by then come when they are asked for.
+    """
+
+    def pull() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # who asks for them hears of it
+            ray.wait(list(references), num_returns=len(references), timeout=timeout_s, fetch_local=True)
+
+    if references:
+        threading.Thread(target=pull, name="prefetch", daemon=True).start()
 
 
 class RenderedFrames(dict[tuple[int, int], np.ndarray]):

@@ -117,13 +117,15 @@ def describe_summary(summary: dict[str, Any]) -> str:
         played = ", ".join(f"{row['update']}: {row['successes']}/{row['episodes']}" for row in chosen["table"])
         columns.append(f"  update {chosen['update']} is kept, the best from other starts ({played})")
     tried = summary.get("settings_tried", 1)
+    again = len(summary.get("played_again", []))
     return "\n".join(
         [
             f"{summary['env']}: success before → after"
             + (f", the result of one of {tried} settings tried in this folder" if tried > 1 else ""),
             *columns,
             f"  {summary['updates']} updates from {summary['episodes']} episodes ({summary['env_steps']} steps), "
-            f"{groups['accepted']} groups accepted, {groups['rejected']} rejected",
+            f"{groups['accepted']} groups accepted, {groups['rejected']} rejected"
+            + (f"; {again} were under way when the run was stopped, and played again" if again else ""),
             f"  {seconds['total']:.0f} s in all: rollouts {seconds['rollout']:.0f} s, "
             f"learner busy {seconds['learner_busy']:.0f} s, idle {seconds['learner_idle']:.0f} s"
             + (f"; {len(summary['errors'])} faults survived, see summary.json" if summary["errors"] else ""),

@@ -14,7 +14,12 @@ from conftest import make_trajectory
 
 import launch
 from ript_ray.config import Config, save_config
-from ript_ray.data.demonstrations import demonstrations_to_show, frames_on_disk, read_demonstrations
+from ript_ray.data.demonstrations import (
+    check_same_demonstrations,
+    demonstrations_to_show,
+    frames_on_disk,
+    read_demonstrations,
+)
 from ript_ray.data.lerobot.layout import Keys
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import save_episode, save_trajectories
@@ -77,6 +82,19 @@ def test_demonstrations_to_be_mixed_with_rollouts_are_successful_and_alike(point
     save_trajectories(file, wide, {})
     with pytest.raises(UserError, match="state dimensions, the policy was made for"):
         show(32)
+
+
+def test_a_run_goes_on_with_the_demonstrations_that_it_began_with(tmp_path: Path) -> None:
+    demos, others = [make_trajectory(8), make_trajectory(9)], [make_trajectory(8), make_trajectory(9)]
+    config = Config.model_validate({"data": {"demos": "mine.safetensors"}})
+    check_same_demonstrations(others, config, tmp_path)  # began nothing
+    check_same_demonstrations(demos, config, tmp_path)
+    (tmp_path / "journal.jsonl").touch()
+    check_same_demonstrations(demos, config, tmp_path)
+    others[1].actions[3, 1] += 1e-6
+    for wrong in (others, demos[:1], demos[::-1]):
+        with pytest.raises(UserError, match=r"data.demos='mine.safetensors': not the demonstrations that"):
+            check_same_demonstrations(wrong, config, tmp_path)
 
 
 def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

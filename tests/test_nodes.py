@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from test_resume import ROOT, SETTINGS, finish, start, wait_until
 from actors.journal import journal_holds, read_journal
 from benchmarks.job import processes
 from benchmarks.nodes import Nodes
-from ript_ray.config import load_config, save_config
+from ript_ray.config import Config, load_config, save_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,6 +24,43 @@ def nodes() -> Iterator[Nodes]:
     found = Nodes()
     yield found
     found.close()
+
+
+PREFETCHING = """
+import sys, time
+import numpy as np
+import ray
+from ray.experimental import get_object_locations
+from learner.loop import prefetch
+
+@ray.remote(num_cpus=0.5, label_selector={"role": "rollout"})
+def make():
+    return np.zeros(20_000_000, np.uint8)
+
+@ray.remote(num_cpus=0.5, label_selector={"role": "learner"})
+def comes_here(references, begin):
+    here, deadline = ray.get_runtime_context().get_node_id(), time.monotonic() + 20
+    if begin:
+        prefetch(references, 60)
+    while here not in get_object_locations(references)[references[0]]["node_ids"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+ray.init(address=sys.argv[1], log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
+made = [make.remote()]
+ray.wait(made, fetch_local=False, timeout=60)
+print([ray.get(comes_here.remote(made, begin), timeout=90) for begin in (False, True)])
+"""
+
+
+def test_a_shard_is_brought_to_the_learners_node_before_it_is_asked_for(nodes: Nodes) -> None:
+    address = nodes.placed(Config()).scaling.address
+    command = [sys.executable, "-c", PREFETCHING, str(address), str(ROOT)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[False, True]"
 
 
 def rollout_actors() -> int:

@@ -136,7 +136,7 @@ def story(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     timeless = {
         name: value
         for name, value in summary.items()
-        if name not in ("seconds", "weights_wait_s", "learner_peak_memory_mb", "sessions", "errors")
+        if name not in ("seconds", "weights_wait_s", "learner_peak_memory_mb", "sessions", "played_again", "errors")
     }
     return timeless, plain
 
@@ -278,9 +278,17 @@ def test_every_kind_of_process_may_be_killed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_asynchronous_run_loses_nothing_that_was_played(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")
-    numbers = [entry["number"] for entry in read_journal(run) if entry["kind"] == "played"]
+    summary = run_with_stops(checkpoint, run, [(played(30), signal.SIGKILL)], "train.mode=async")
+    journal = read_journal(run)
+    numbers = [entry["number"] for entry in journal if entry["kind"] == "played"]
     assert len(numbers) == len(set(numbers))
+    resumed = max(i for i, entry in enumerate(journal) if entry["kind"] == "session")
+    before, after = (
+        {kind: {entry.get("number") for entry in part if entry["kind"] == kind} for kind in ("began", "played")}
+        for part in (journal[:resumed], journal[resumed:])
+    )
+    assert set(summary["played_again"]) == before["began"] & after["began"] != set()
+    assert not set(summary["played_again"]) & before["played"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ript_ray.data.storage import load_episode, load_trajectories
 from ript_ray.envs import World, make
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
+from ript_ray.reporting import write_json
 from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, EpisodeReport, Start, Trajectory
 
@@ -78,6 +81,30 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
                 f"{demo.frames.shape[3]} pixels, those of rollouts {size}×{size}; expected the same: set env.image_size"
             )
     return demos
+
+
+def check_same_demonstrations(demos: Sequence[Trajectory], config: Config, run_dir: Path) -> None:
+    """Note in ``demonstrations.json`` what a run shows its learner, or compare it with what is noted there.
+
+    Raises:
+        UserError: when the run began with others.
+    """
+    if not demos:
+        return
+    digest = hashlib.sha256()
+    for demo in demos:
+        digest.update(f"{demo.context.env_id} {demo.instruction} {demo.frames.shape} {demo.actions.shape}".encode())
+        for array in (demo.frames, demo.frame_steps, demo.states, demo.actions):
+            digest.update(np.ascontiguousarray(array).data)
+    found = {"sha256": digest.hexdigest()}
+    file = run_dir / "demonstrations.json"
+    if not (run_dir / "journal.jsonl").exists() or not file.exists():
+        write_json(file, found)
+    elif json.loads(file.read_text()) != found:
+        raise UserError(
+            f"data.demos={config.data.demos!r}: not the demonstrations that {run_dir} began with; put those back, or "
+            f"begin another run with its newest policy: train policy.checkpoint={run_dir}/checkpoints/NNNN"
+        )
 
 
 def frames_on_disk(demos: Iterable[Trajectory]) -> list[Trajectory]:

@@ -469,7 +469,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
     if command == "bench":
         return run_benchmark(subjects, config)
     if command in TOOLS:
-        return run_tool(command, subjects, config)
+        return run_tool(command, subjects, config, {word.partition("=")[0] for word in settings})
     if subjects:
         raise UserError(f"{subjects[0]!r}: expected section.key=value, for example run.seed=1")
     if command == "doctor":

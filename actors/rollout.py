@@ -19,7 +19,7 @@ from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.policies.checkpoints import empty_policy
-from ript_ray.policies.exploration import Exploration
+from ript_ray.policies.exploration import Exploration, acting_settings
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
@@ -101,7 +101,8 @@ class RolloutActor:
         trajectory.frames_rendered = world.frames_rendered - frames
         if file is not None and home is not None:  # before anyone hears of it: what is finished is not lost
             with home.writing(file) as place:
-                save_episode(place, EpisodeRecord.of(trajectory, world.max_steps), trajectory)
+                acting = acting_settings(self._config.policy, guidance, exploring)
+                save_episode(place, EpisodeRecord.of(trajectory, world.max_steps, acting), trajectory)
         return EpisodeReport.of(trajectory, waited), trajectory
 
     def render(self, job: FrameJob) -> np.ndarray:

@@ -102,6 +102,29 @@ def settings_tried(run_dir: Path) -> int:
     return len({yaml.safe_dump(settings) for settings in tried if settings["env"]["id"] == own["env"]["id"]})
 
 
+def policy_that_played(episode: Path, version: int) -> Path | None:
+    """The folder of the policy that played an episode which is in a run's directory; None where it is in no such.
+
+    Raises:
+        UserError: when the run has its checkpoint no more.
+    """
+    run_dir = episode.resolve().parent.parent
+    if not (run_dir / "start").is_dir():
+        return None
+    if version == 0:
+        return run_dir / "start"
+    summary = run_dir / "summary.json"
+    names = json.loads(summary.read_text()).get("policy_versions", {}) if summary.exists() else {}
+    update = names.get(str(version), version)
+    folder = run_dir / "checkpoints" / f"{update:04d}" if update else run_dir / "start"
+    if not folder.is_dir():
+        raise UserError(
+            f"{episode} was played by the policy of update {update}, and {folder} is not there (any more: "
+            "run.keep_checkpoints); name another policy: policy.checkpoint=DIR"
+        )
+    return folder
+
+
 def _what_was_tried(file: Path) -> dict[str, Any]:
     # As it stands there: a run of an earlier version may have keys that are no more.
     settings = yaml.safe_load(file.read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,27 @@ def replay(file: str, config: Config) -> dict[str, Any]:
     return result.to_json() | {"video": str(video)}
 
 
-def dissect(file: str, config: Config) -> dict[str, Any]:
-    """What a policy saw, thought and did in a recorded episode, look by look, in a folder beside it."""
+def dissect(file: str, config: Config, asked: Collection[str] = ()) -> dict[str, Any]:
+    """What a policy saw, thought and did in a recorded episode, look by look, in a folder beside it.
+
+    It is the policy that played it, acting as it did then, but for the settings that are asked for by key.
+    """
     import torch
 
+    from ript_ray.data.storage import load_episode
     from ript_ray.dissect import dissect, write_dissection
     from ript_ray.policies.checkpoints import load_policy
+    from ript_ray.runs import policy_that_played
 
     torch.set_num_threads(1)  # as rollout actors: more threads add in another order, and the last bits differ
-    result = dissect(Path(file), load_policy(resolve(config.policy.checkpoint)), config.policy)
+    record, _ = load_episode(Path(file))
+    known = {key: value for key, value in record.acting.items() if f"policy.{key}" not in asked}
+    found = None if "policy.checkpoint" in asked else policy_that_played(Path(file), record.policy_version)
+    policy = found or resolve(config.policy.checkpoint)
+    result = dissect(Path(file), load_policy(policy), config.policy.model_copy(update=known))
     folder = Path(file).with_suffix(".looks")
     write_dissection(folder, result)
-    print(f"{result.describe()}\n  images and numbers in {folder}")
+    print(f"{result.describe()}\n  played by {policy}; images and numbers in {folder}")
     about = {"success": result.trajectory.success, "first_difference": result.first_difference}
     return about | {"looks": len(result.looks), "folder": str(folder)}
 
@@ -147,8 +156,14 @@ TOOLS: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
 """By command, with the number of paths that each takes."""
 
 
-def run_tool(command: str, paths: list[str], config: Config) -> dict[str, Any]:
+def run_tool(command: str, paths: list[str], config: Config, asked: Collection[str] = ()) -> dict[str, Any]:
     """Run one of `TOOLS`.
+
+    Args:
+        command: its name.
+        paths: that it takes.
+        config: the whole configuration.
+        asked: keys of settings that the command line names, which go before what `dissect` knows of an episode.
 
     Raises:
         UserError: for another number of paths than it takes, and what the tool itself finds wrong.
@@ -159,4 +174,4 @@ def run_tool(command: str, paths: list[str], config: Config) -> dict[str, Any]:
             f"{command} {' '.join(paths)!r}: expected {count} path{'s' * (count > 1)}, found {len(paths)}; "
             "see 'python launch.py --help'"
         )
-    return tool(*paths, config)
+    return tool(*paths, config, asked) if tool is dissect else tool(*paths, config)

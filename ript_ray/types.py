@@ -108,13 +108,15 @@ class EpisodeRecord:
     """float32[L, A]"""
     state_hashes: np.ndarray
     """uint64[L + 1]"""
+    acting: dict[str, float] = field(default_factory=dict)
+    """Settings of ``policy`` that say how it acted; none where that is not known."""
 
     @classmethod
-    def of(cls, trajectory: Trajectory, max_steps: int) -> EpisodeRecord:
+    def of(cls, trajectory: Trajectory, max_steps: int, acting: dict[str, float] | None = None) -> EpisodeRecord:
         """The record of a trajectory."""
         t = trajectory
         size = int(t.frames.shape[2])
-        return cls(t.context, t.policy_version, t.success, max_steps, size, t.actions, t.state_hashes)
+        return cls(t.context, t.policy_version, t.success, max_steps, size, t.actions, t.state_hashes, acting or {})
 
 
 @dataclass(frozen=True, slots=True)

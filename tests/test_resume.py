@@ -22,6 +22,7 @@ import pytest
 from conftest import make_trajectory
 from test_faults import point_policy
 
+import launch
 from actors.journal import read_journal
 from benchmarks.faults import CLUSTER_FAULTS, FAULTS
 from ript_ray.data.lines import append_json_line, read_json_lines
@@ -206,6 +207,25 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     kept = sorted({summary["best"]["update"], 2, 3})  # the newest two, and the best
     for place in (undisturbed, elsewhere, tmp_path / "stored"):
         assert sorted(path.name for path in (place / "checkpoints").iterdir()) == [f"{update:04d}" for update in kept]
+
+
+def test_what_a_run_recorded_is_dissected_with_the_policy_that_played_it(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    names = json.loads((run / "summary.json").read_text())["policy_versions"]
+    played = {e["report"]["policy_version"]: e["number"] for e in read_journal(run) if e["kind"] == "played"}
+    assert played.keys() >= {0, 1, 2, 3}
+    for version, number in played.items():
+        result = tmp_path / "looks.json"
+        code = launch.main(["dissect", str(run / f"episodes/{number:06d}.safetensors"), "--json", str(result)])
+        update = names.get(str(version), version)
+        if update and not (run / f"checkpoints/{update:04d}").exists():  # run.keep_checkpoints
+            assert code == 2
+            assert "name another policy: policy.checkpoint=DIR" in capsys.readouterr().err
+        else:
+            assert code == 0
+            assert json.loads(result.read_text())["first_difference"] is None, version
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ class Exploration:
         return noise
 
 
+def acting_settings(policy: PolicyConfig, guidance: float, exploring: bool) -> dict[str, float]:
+    """The settings of ``policy`` by which it acts in one episode, in training or, not exploring, in evaluation."""
+    scales = ("explore", "action_noise")
+    names = ("execute", "denoise_steps", *scales, "noise_exponent", "noise_dimensions")
+    settings = {name: getattr(policy, name) for name in names} | {"guidance": guidance}
+    return settings if exploring else settings | dict.fromkeys(scales, 0.0)
+
+
 def coloured_noise(steps: int, count: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
     """Gaussian sequences with the power spectrum 1/f^β and, in the mean, a variance of 1: float64[steps, count].
 

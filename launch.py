@@ -458,14 +458,14 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
     """Run one command with its configuration and return its result."""
     from benchmarks import run_benchmark
     from cluster.plan import fit_actors
-    from ript_ray.envs import check_name
+    from ript_ray.envs import canonical_name
 
     subjects = [word for word in settings if "=" not in word]
     config = load_config(config_file, [word for word in settings if "=" in word])
     if command == "bench" and subjects == ["policy"]:  # which needs no simulator to be there
         return run_benchmark(subjects, config)
-    for env_id in config.env.ids:
-        check_name(env_id)
+    names = ",".join(dict.fromkeys(canonical_name(env_id) for env_id in config.env.ids))
+    config = config.model_copy(update={"env": config.env.model_copy(update={"id": names})})
     if command == "bench":
         return run_benchmark(subjects, config)
     if command in TOOLS:

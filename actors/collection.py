@@ -10,7 +10,8 @@ import numpy as np
 from actors.dispatcher import Outcome
 from ript_ray.algos.sampling import Group
 from ript_ray.config import SamplingConfig
-from ript_ray.evaluation import wilson_interval
+from ript_ray.evaluation import success_summary
+from ript_ray.types import Start
 
 
 @dataclass(slots=True)
@@ -25,8 +26,8 @@ class Collection:
     """Open ones, in that order."""
     finished: dict[int, list[Outcome]] = field(default_factory=dict)
     """Their rollouts so far."""
-    rewards: dict[str, list[float]] = field(default_factory=dict)
-    """Of the groups that were judged, by task."""
+    results: dict[str, list[tuple[bool, Start]]] = field(default_factory=dict)
+    """Success and start of each rollout of the groups that were judged, by task."""
     staleness: list[int] = field(default_factory=list)
     """Of the rollouts in them: how many versions older than the update's weights."""
     opened: int = 0
@@ -50,9 +51,9 @@ class Collection:
         self.groups[group.id], self.finished[group.id] = group, []
         self.opened += 1
 
-    def judged(self, task: str, rewards: list[float], versions: list[int]) -> None:
-        """Note the rewards of a group that was complete, and the weights versions that it was played with."""
-        self.rewards.setdefault(task, []).extend(rewards)
+    def judged(self, start: Start, successes: list[bool], versions: list[int]) -> None:
+        """Note the outcomes of a group that was complete, and the weights versions that it was played with."""
+        self.results.setdefault(start[0], []).extend((success, start) for success in successes)
         self.staleness += [self.step - version for version in versions]
 
     def next_complete(self) -> Group | None:
@@ -75,7 +76,7 @@ class Collection:
     def metrics(self, seconds: float) -> dict[str, float]:
         """A row of metrics: success with its 95 % interval, in all and of each task; groups, seconds."""
         row = {
-            **_success("rollout", [reward for rewards in self.rewards.values() for reward in rewards]),
+            **_success("rollout", [result for results in self.results.values() for result in results]),
             "rollout/groups_accepted": self.accepted,
             "rollout/groups_rejected": self.all_failed + self.all_succeeded,
             "rollout/groups_all_failed": self.all_failed,
@@ -84,16 +85,18 @@ class Collection:
             "rollout/staleness": float(np.mean(self.staleness)) if self.staleness else 0.0,
             "rollout/seconds": seconds,
         }
-        for task, rewards in sorted(self.rewards.items()):
-            row |= _success(f"task/{task}", rewards)
+        for task, results in sorted(self.results.items()):
+            row |= _success(f"task/{task}", results)
         return row
 
 
-def _success(section: str, rewards: list[float]) -> dict[str, float]:
-    low, high = wilson_interval(round(sum(rewards)), len(rewards))
+def _success(section: str, results: list[tuple[bool, Start]]) -> dict[str, float]:
+    summary = success_summary([success for success, _ in results], [start for _, start in results])
+    low, high = summary["ci95"]
     return {
-        f"{section}/success_rate": float(np.mean(rewards)) if rewards else 0.0,
+        f"{section}/success_rate": summary["rate"] or 0.0,
         f"{section}/success_low": low,
         f"{section}/success_high": high,
-        f"{section}/episodes": len(rewards),
+        f"{section}/episodes": summary["episodes"],
+        f"{section}/effective_episodes": summary["effective_episodes"],
     }

@@ -49,7 +49,7 @@ from ript_ray.choosing import best_in_rollouts, candidates
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import evaluation_contexts, success_summary
-from ript_ray.types import Context, EpisodeReport
+from ript_ray.types import Context, EpisodeReport, Start
 
 log = logging.getLogger("ript_ray")
 
@@ -105,8 +105,8 @@ class Coordinator:
         self._newest: dict[bool, tuple[int, Any]] = {}
         """By success, the step that the newest rollout is of, and its reference."""
         self._diagnosis: str | None = None
-        self._by_version: defaultdict[int, list[bool]] = defaultdict(list)
-        """Results of the rollouts that were judged, by the weights that played them."""
+        self._by_version: defaultdict[int, list[tuple[bool, Start]]] = defaultdict(list)
+        """Success and start of the rollouts that were judged, by the weights that played them."""
         self._learner_starts = 0
         self._learnt_at = time.monotonic()
         self._lock = threading.Lock()
@@ -258,7 +258,10 @@ class Coordinator:
         folder = None if self._journal.run_dir is None else self._journal.run_dir / "checkpoints"
         kept = (update for update in self.best_updates() if folder is None or (folder / f"{update:04d}").exists())
         best = next(kept, None)
-        return None if best is None else {"update": best} | success_summary(self._by_version[best])
+        if best is None:
+            return None
+        successes, starts = zip(*self._by_version[best], strict=True)
+        return {"update": best} | success_summary(successes, starts)
 
     def _next_dispatcher(self) -> Dispatcher:
         """For the next stage, with the actors that are there now."""
@@ -378,12 +381,13 @@ class Coordinator:
         """Hand a complete group to the pool, which accepts or rejects it."""
         del now.groups[group.id]
         members = sorted(now.finished.pop(group.id), key=lambda outcome: outcome.episode.context.seed)
-        rewards = np.array([float(member.report.success) for member in members if member.report is not None])
+        successes = [member.report.success for member in members if member.report is not None]
         versions = [member.report.policy_version for member in members if member.report is not None]
-        now.judged(group.contexts[0].env_id, rewards.tolist(), versions)
+        start, rewards = group.contexts[0].start, np.array(successes, dtype=float)
+        now.judged(start, successes, versions)
         with self._lock:
-            for version, reward in zip(versions, rewards, strict=True):
-                self._by_version[version].append(bool(reward))
+            for version, success in zip(versions, successes, strict=True):
+                self._by_version[version].append((success, start))
         self._sampler.record(group, rewards)
         references = []
         try:

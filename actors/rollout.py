@@ -137,6 +137,7 @@ class RolloutActor:
         if world is not None and self._policy is not None:
             transform = empty_policy(self._description).transform
             transform.check_sizes(f"env.id={world.id!r}", world.state_dim, world.action_dim)
+            transform.check_reach(f"env.id={world.id!r}")
 
     def renderer(self) -> str:
         """The OpenGL backend in use, with its device."""

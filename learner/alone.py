@@ -27,7 +27,7 @@ from ript_ray.data.lines import append_json_line
 from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
 from ript_ray.envs.rendering import choose, describe_renderer
-from ript_ray.evaluation import before_and_after, evaluation_contexts, wilson_interval
+from ript_ray.evaluation import before_and_after, evaluation_contexts, success_summary
 from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
@@ -41,7 +41,7 @@ from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions
 from ript_ray.rollout import play, render_steps
-from ript_ray.types import Context, EpisodeReport, Trajectory
+from ript_ray.types import Context, EpisodeReport, Start, Trajectory
 
 
 def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -64,28 +64,29 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     samples = _Samples(config)
     sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
     groups = {"accepted": 0, "rejected": 0}
-    played: dict[int, list[bool]] = {}
+    played: dict[int, list[tuple[bool, Start]]] = {}
     checkpoints = run_dir / "checkpoints"
     seconds = dict.fromkeys(("rollout", "learner_busy"), 0.0)
     for step in range(config.train.updates):
         rollouts_began = time.perf_counter()
-        rewards: list[float] = []
+        results: list[tuple[bool, Start]] = []
         accepted: list[int] = []
         for group, rollouts in player.collect(sampler, accepted):
             outcomes = np.array([float(rollout.success) for rollout in rollouts])
-            rewards += outcomes.tolist()
+            results += [(rollout.success, rollout.context.start) for rollout in rollouts]
             sampler.record(group, outcomes)
             if samples.add(group, rollouts, outcomes):
                 accepted.append(group.id)
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
-        played[player.version] = [reward > 0 for reward in rewards]
+        played[player.version] = results
+        success = success_summary([result for result, _ in results], [start for _, start in results])
         seconds["rollout"] += learning_began - rollouts_began
-        rejected = len(rewards) // config.sampling.group_size - len(accepted)
+        rejected = len(results) // config.sampling.group_size - len(accepted)
         groups["accepted"] += len(accepted)
         groups["rejected"] += rejected
         goal = config.train.stop_at
-        if goal is not None and wilson_interval(round(sum(rewards)), len(rewards))[0] >= goal:
+        if goal is not None and success["ci95"][0] >= goal:
             say(f"train.stop_at={goal:g} is reached")
             break
         samples.drop_older_than(step - config.train.max_staleness)
@@ -95,7 +96,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             best = best_in_rollouts(played)
             prune_checkpoints(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
         player.adopt(acting, step + 1)
-        row = {"update": step + 1, "rollout/success_rate": float(np.mean(rewards)), "rollout/episodes": len(rewards)}
+        row = {"update": step + 1, "rollout/success_rate": success["rate"], "rollout/episodes": len(results)}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/skipped_states": float(sampler.skipped)}
         row |= {"rollout/seconds": learning_began - rollouts_began}
@@ -289,4 +290,5 @@ class Player:
             self._world = make(env_id, self._config.env.image_size, self._config.env.max_steps)
             sizes = self._world.state_dim, self._world.action_dim
             self.policy.transform.check_sizes(f"env.id={env_id!r}", *sizes)
+            self.policy.transform.check_reach(f"env.id={env_id!r}")
         return self._world

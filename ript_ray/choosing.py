@@ -92,13 +92,18 @@ def choose_update(updates: Sequence[int], play: Play[int], first: int) -> dict[s
     return {"update": best, "table": [{"update": update} | _summary(results[update]) for update in updates]}
 
 
-def best_in_rollouts(played: Mapping[int, Sequence[bool]]) -> list[int]:
+def best_in_rollouts(played: Mapping[int, Sequence[tuple[bool, Hashable]]]) -> list[int]:
     """Updates by the lower bound of their policies' success in rollouts, the best first, of equals the later one.
 
     Args:
-        played: results of rollouts by the version of the weights; those of the starting policy, 0, do not count.
+        played: success and start of rollouts by the version of the weights; those of the starting policy, 0, do not
+            count.
     """
-    low = {version: success_summary(results)["ci95"][0] for version, results in played.items() if version > 0}
+    low = {
+        version: success_summary([success for success, _ in results], [start for _, start in results])["ci95"][0]
+        for version, results in played.items()
+        if version > 0
+    }
     return sorted(low, key=lambda version: (low[version], version), reverse=True)
 
 

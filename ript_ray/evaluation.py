@@ -61,7 +61,7 @@ def wilson_interval(successes: float, episodes: float, z: float = 1.959964) -> t
 
 
 def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """``successes``, ``episodes``, ``rate`` and ``ci95`` of a list of outcomes.
+    """``successes``, ``episodes``, ``effective_episodes``, ``rate`` and ``ci95`` of a list of outcomes.
 
     Args:
         results: the outcomes.
@@ -73,6 +73,7 @@ def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None =
     return {
         "successes": successes,
         "episodes": episodes,
+        "effective_episodes": effective,
         "rate": successes / episodes if results else None,
         "ci95": list(wilson_interval(successes * effective / max(1, episodes), effective)),
     }

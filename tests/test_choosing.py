@@ -70,8 +70,13 @@ def test_the_best_update_is_chosen_and_of_equals_the_later() -> None:
 
 def test_candidates_are_the_last_and_the_best_in_rollouts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     played = {0: [True] * 10, 1: [True] * 4, 2: [True] * 9 + [False], 3: [True, False] * 5, 4: [True, False] * 5}
-    ranked = best_in_rollouts(played)
+    apart = {version: [(success, i) for i, success in enumerate(won)] for version, won in played.items()}
+    ranked = best_in_rollouts(apart)
     assert ranked == [2, 1, 4, 3]  # four of four prove less than nine of ten
+    together = {version: [(success, 0) for success in won] for version, won in played.items()}
+    assert best_in_rollouts(together) == ranked  # of a single start nothing more can be said
+    shared = {1: [(i < 6, i // 2) for i in range(8)], 2: [(i % 4 != 3, i // 2) for i in range(8)]}
+    assert best_in_rollouts(shared) == [2, 1]  # 6 of 8 each, of which one depends on the start alone
     for update in (1, 2, 3, 5):
         save_policy(tmp_path / f"{update:04d}", make_policy())
     assert candidates(5, ranked, 1, tmp_path) == [5]

@@ -18,7 +18,7 @@ from test_pi0 import SENTENCES, TOKENIZER, make_batch
 import launch
 from ript_ray.policies.checkpoints import load_policy, save_policy, to_publish
 from ript_ray.policies.pi0.layout import from_openpi
-from ript_ray.policies.pi0.prompt import prompt_tokens
+from ript_ray.policies.pi0.prompt import PromptTokenizer, prompt_tokens
 
 SIZES = {
     "vision_width": 24,
@@ -122,6 +122,26 @@ def test_a_source_of_less_precision_becomes_float32_of_the_same_values(dtype: to
         np.testing.assert_array_equal(published[from_openpi(name)], expected.numpy(), strict=True)
     acted, _ = policy.act(batch.frames, batch.states, batch.instructions, torch.randn(2, 50, 32))
     assert acted.isfinite().all()
+
+
+def test_a_policy_that_is_told_good_in_words_has_no_place_in_openpi(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main(["convert", "random:pi0_tiny", str(tmp_path / "words"), "convert.condition=text"]) == 0
+    assert launch.main(["convert", str(tmp_path / "words"), str(tmp_path / "theirs"), "convert.to=openpi"]) == 2
+    assert 'prompts that end in "Advantage: positive"' in capsys.readouterr().err
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_tokeniser_that_was_saved_with_padding_pads_nothing() -> None:
+    from tokenizers import Tokenizer
+
+    trained = PromptTokenizer.train(SENTENCES, 320)
+    theirs = Tokenizer.from_buffer(trained.content)
+    theirs.enable_padding(length=48)
+    theirs.enable_truncation(3)
+    saved = PromptTokenizer(trained.file, theirs.to_str().encode())
+    assert saved.encode(SENTENCES[0]) == trained.encode(SENTENCES[0])
 
 
 def test_statistics_of_a_robot_keep_what_stands_still_and_padding_goes(tmp_path: Path) -> None:

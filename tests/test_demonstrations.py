@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_trajectory
+from conftest import make_policy, make_trajectory
+from test_lerobot import complete
 
 import launch
 from ript_ray.config import Config, save_config
@@ -23,7 +24,7 @@ from ript_ray.data.demonstrations import (
 from ript_ray.data.lerobot.layout import Keys
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.storage import save_episode, save_trajectories
-from ript_ray.envs import World, make
+from ript_ray.envs import World, find_task, make
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy
 from ript_ray.rollout import Recorder
@@ -82,6 +83,22 @@ def test_demonstrations_to_be_mixed_with_rollouts_are_successful_and_alike(point
     save_trajectories(file, wide, {})
     with pytest.raises(UserError, match="state dimensions, the policy was made for"):
         show(32)
+
+
+def test_of_somebody_elses_demonstrations_those_of_other_tasks_are_left_out(tmp_path: Path) -> None:
+    tasks = [find_task(f"libero_object/{i}") for i in range(3)]
+    made = [dataclasses.replace(complete(60, i), instruction=task.instruction) for i, task in enumerate(tasks)]
+    write_dataset(tmp_path / "theirs", made)
+
+    def show(env_id: str) -> list[str]:
+        data = {"demos": str(tmp_path / "theirs"), "demo_share": 0.5, "tail": "pad"}
+        config = Config.model_validate({"env": {"id": env_id, "image_size": 16}, "data": data})
+        return [demo.context.env_id for demo in demonstrations_to_show(config, make_policy())]
+
+    assert show("libero_object/2") == ["libero_object/2"]
+    assert show("libero_object/2,libero_object/0") == ["libero_object/0", "libero_object/2"]
+    with pytest.raises(UserError, match=r"has no demonstration of .*, but of 'pick up the alphabet soup"):
+        show("libero_goal/0")
 
 
 def test_a_run_goes_on_with_the_demonstrations_that_it_began_with(tmp_path: Path) -> None:

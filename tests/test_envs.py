@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from ript_ray.envs import all_task_ids, find_task, make
+from ript_ray.envs import all_task_ids, canonical_name, find_task, make
 from ript_ray.errors import UserError
 from ript_ray.types import Context
 
@@ -20,6 +20,8 @@ def test_all_130_tasks_are_known_by_number_and_name() -> None:
     assert len(identifiers) == 130
     task = find_task("libero_goal/4")
     assert find_task(f"libero_goal/{task.name}") == task
+    assert canonical_name(f"libero_goal/{task.name}") == "libero_goal/4"
+    assert canonical_name("robosuite/Lift") == "robosuite/Lift"
     assert task.bddl_file.is_file()
     assert task.instruction == " ".join(task.name.split("_"))
     assert task.init_states().shape[0] == 50

@@ -28,6 +28,7 @@ from ript_ray.data.hdf5 import read_hdf5
 from ript_ray.data.lerobot.layout import LEROBOT_KEYS, Keys, describe_dataset
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
+from ript_ray.envs import find_task
 from ript_ray.errors import UserError
 from ript_ray.types import Trajectory
 
@@ -697,6 +698,14 @@ def test_hdf5_demonstrations(tmp_path: Path) -> None:
     demos = libero_file(path, "opencv")
     upright = next(read_hdf5(path, env_id="x")).frames[0, 0]
     np.testing.assert_array_equal(upright, demos[0]["obs/agentview_rgb"][0][:, ::-1])
+
+
+def test_hdf5_demonstrations_say_what_rollouts_are_told(tmp_path: Path) -> None:
+    task = find_task("libero_object/0")  # of which the goal file says "pick the alphabet soup and …"
+    for name, said in ((task.name, task.instruction), ("mine", "open the drawer")):
+        libero_file(tmp_path / f"{name}_demo.hdf5")
+        read = read_demonstrations(tmp_path / f"{name}_demo.hdf5", task.id)
+        assert {demo.instruction for demo in read} == {said}
 
 
 def test_hdf5_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -42,6 +42,18 @@ def test_decode_is_the_inverse_of_encode_relative_or_not() -> None:
     torch.testing.assert_close(encoded, (shifted - mean) / (std + 1e-6))
 
 
+def test_actions_that_a_world_would_clip_are_refused() -> None:
+    transform = make_policy().transform
+    transform.check_reach("env.id='x'")
+    degrees = dataclasses.replace(transform, action_mean=(45.0, *transform.action_mean[1:]))
+    with pytest.raises(UserError, match=r"env.id='x' takes actions in .* around 45"):
+        dataclasses.replace(degrees, relative=(False,) * 7).check_reach("env.id='x'")
+    there = (-45.0, *transform.state_mean[1:])  # where the arm is, to which 45 degrees are added
+    dataclasses.replace(degrees, relative=(True,) + (False,) * 6, state_mean=there).check_reach("env.id='x'")
+    with pytest.raises(UserError, match="around 45"):
+        dataclasses.replace(transform, relative=(True,) + (False,) * 6, state_mean=there).check_reach("env.id='x'")
+
+
 def test_fitted_statistics_normalise_the_data() -> None:
     rng = np.random.default_rng(0)
     states, actions = rng.normal(3, 2, (500, 8)), rng.normal(-1, 0.3, (500, 7))

@@ -138,6 +138,15 @@ def test_what_differs_between_two_runs(tmp_path: Path, capsys: pytest.CaptureFix
     chances = [comb(50, k) * comb(50, 60 - k) / comb(100, 60) for k in range(10, 51)]
     expected = sum(chance for chance in chances if chance <= chances[10] * (1 + 1e-9))
     assert result["evaluation"]["held_out"]["p"] == pytest.approx(expected)
+    for name in "ab":  # two episodes from each start, with the same outcome
+        file = tmp_path / name / "summary.json"
+        summary = json.loads(file.read_text())
+        summary["evaluation"]["held_out"]["final"]["effective_episodes"] = 25.0
+        file.write_text(json.dumps(summary))
+    chances = [comb(25, k) * comb(25, 30 - k) / comb(50, 30) for k in range(5, 26)]
+    expected = sum(chance for chance in chances if chance <= chances[5] * (1 + 1e-9))
+    result = compare_runs(Run.load(tmp_path / "a"), Run.load(tmp_path / "b"))
+    assert result["evaluation"]["held_out"]["p"] == pytest.approx(expected)
     assert main(["compare-runs", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "env.image_size: 64 → 128" in capsys.readouterr().out
 

@@ -25,9 +25,9 @@ def test_a_run_is_shown_as_curve_video_and_words(tmp_path: Path) -> None:
         "versions": versions("egl"),
     }
     rows = [
-        {"update": 1, "rollout/success_rate": 0.25, "rollout/episodes": 8},
+        {"update": 1, "rollout/success_rate": 0.25, "rollout/success_low": 0.1, "rollout/success_high": 0.6},
         {"update": 1, "learner/loss": 1.0},
-        {"update": 2, "rollout/success_rate": 0.5, "rollout/episodes": 8},
+        {"update": 2, "rollout/success_rate": 0.5, "rollout/success_low": 0.2, "rollout/success_high": 0.8},
     ]
     plot_success(tmp_path / "success.png", summary, rows)
     assert iio.imread(tmp_path / "success.png").std() > 0

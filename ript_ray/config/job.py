@@ -10,6 +10,9 @@ from ript_ray.config.section import Section
 
 INIT_STATES = 50
 """Official initial states of each LIBERO task; other environments number as many."""
+FIRST_PLACEMENT = 500_000
+"""Seed of the first random placement for training: far from the seeds of rollouts (2,000,000 and more) and, as they are
+by default, of evaluation (1,000,000 and more)."""
 
 
 class RunConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ript_ray.config.job import INIT_STATES
+from ript_ray.config.job import FIRST_PLACEMENT, INIT_STATES
 from ript_ray.config.learning import ObjectiveConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ def _states(config: Config) -> None:
         raise ValueError(
             f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "
             "a policy must not be trained on the states it is evaluated on"
+        )
+
+    seeds = range(config.eval.seed, config.eval.seed + config.eval.random_placement)
+    trained = range(FIRST_PLACEMENT, FIRST_PLACEMENT + config.env.train_placements)
+    if seeds and (seeds.start < INIT_STATES or max(seeds.start, trained.start) < min(seeds.stop, trained.stop)):
+        raise ValueError(
+            f"eval.seed={config.eval.seed} with eval.random_placement={config.eval.random_placement}: these seeds are "
+            f"initial states (0 to {INIT_STATES - 1}) or the placements of training; set eval.seed=1000000"
         )
 
 
@@ -112,6 +120,12 @@ def _samples(config: Config) -> None:
         raise ValueError(
             f"objective.name=flow_sde with policy.explore={policy.explore:g}: expected more than 0, for "
             "example 0.5; it learns from the stochastic steps of rollouts"
+        )
+    if name == "flow_sde" and "bfloat16" in (policy.precision, config.train.precision):
+        raise ValueError(
+            f"objective.name=flow_sde with policy.precision={policy.precision}, train.precision="
+            f"{config.train.precision}: it compares densities of what actors did with what the learner would, and "
+            "rounding alone would clip them; set both to float32"
         )
     if name in _COMPARE and data.windows != "seen":
         raise ValueError(

@@ -21,7 +21,8 @@ from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.shards import starts_seen
 from ript_ray.data.storage import load_episode, load_trajectories
-from ript_ray.envs import World, make
+from ript_ray.envs import World, find_task, make
+from ript_ray.envs.tasks import MAX_STEPS, task_called
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import write_json
@@ -53,7 +54,10 @@ def read_demonstrations(
     if path.suffix in (".hdf5", ".h5"):
         from ript_ray.data.hdf5 import read_hdf5
 
-        return read_hdf5(path, env_id=env_id, every=data.frame_every)
+        # What such a file says of itself is the goal file's text, which differs from the benchmark's in 29 tasks.
+        task = task_called(path.stem.removesuffix("_demo"))
+        said = None if task is None else task.instruction
+        return read_hdf5(path, env_id=env_id, instruction=said, every=data.frame_every)
     return iter(load_trajectories(path))
 
 
@@ -67,8 +71,11 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     if config.data.demo_share == 0:
         return []
     key, size = f"data.demos={config.data.demos!r}", config.env.image_size
-    found = read_demonstrations(resolve(config.data.demos), config.env.ids[0], config.data, image_size=size)
+    file = resolve(config.data.demos)
+    found = read_demonstrations(file, config.env.ids[0], config.data, image_size=size)
     demos = [demo for demo in found if demo.success]
+    if file.suffix != ".safetensors":  # somebody else's, which name no task, but say what was to be done
+        demos = _of_these_tasks(demos, config.env.ids, key)
     if not any(starts_seen(EpisodeReport.of(demo), config.data) for demo in demos):
         raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
     for demo in demos:
@@ -83,6 +90,20 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     return demos
 
 
+def _of_these_tasks(demos: list[Trajectory], ids: Sequence[str], key: str) -> list[Trajectory]:
+    """Those with the instruction of one of these tasks, and with its name; all, where the tasks are not LIBERO's."""
+    known = {find_task(name).instruction.lower(): name for name in ids if name.partition("/")[0] in MAX_STEPS}
+    if not demos or not known:
+        return demos
+    named = [(demo, known.get(demo.instruction.strip().lower())) for demo in demos]
+    if not any(name for _, name in named):
+        raise UserError(
+            f"{key} has no demonstration of {', '.join(map(repr, known))}, but of {demos[0].instruction!r}; expected "
+            f"those of env.id={','.join(ids)!r}"
+        )
+    return [replace(demo, context=replace(demo.context, env_id=name)) for demo, name in named if name]
+
+
 def check_same_demonstrations(demos: Sequence[Trajectory], config: Config, run_dir: Path) -> None:
     """Note in ``demonstrations.json`` what a run shows its learner, or compare it with what is noted there.
 
@@ -94,8 +115,8 @@ def check_same_demonstrations(demos: Sequence[Trajectory], config: Config, run_d
     digest = hashlib.sha256()
     for demo in demos:
         digest.update(f"{demo.context.env_id} {demo.instruction} {demo.frames.shape} {demo.actions.shape}".encode())
-        for array in (demo.frames, demo.frame_steps, demo.states, demo.actions):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (demo.frames, demo.frame_steps, demo.states, demo.actions, demo.labels):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
     found = {"sha256": digest.hexdigest()}
     file = run_dir / "demonstrations.json"
     if not (run_dir / "journal.jsonl").exists() or not file.exists():

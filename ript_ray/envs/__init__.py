@@ -6,7 +6,7 @@ from ript_ray.envs.tasks import MAX_STEPS, SHIFTED, all_task_ids, find_task
 from ript_ray.envs.world import World
 from ript_ray.errors import UserError, nearest
 
-__all__ = ["World", "all_task_ids", "check_name", "find_task", "make"]
+__all__ = ["World", "all_task_ids", "canonical_name", "find_task", "make"]
 
 _FAMILIES = (*MAX_STEPS, *SHIFTED, "robosuite", "gymnasium")
 
@@ -23,7 +23,7 @@ def make(env_id: str, image_size: int = 128, max_steps: int | None = None) -> Wo
     Raises:
         UserError: for an unknown name, with the nearest valid one.
     """
-    check_name(env_id)
+    env_id = canonical_name(env_id)
     family, _, name = env_id.partition("/")
     # Imported late: the simulator takes seconds to import, and most users of this package do not need it.
     if family == "gymnasium":
@@ -39,8 +39,12 @@ def make(env_id: str, image_size: int = 128, max_steps: int | None = None) -> Wo
     return LiberoEnv(find_task(env_id), image_size, max_steps)
 
 
-def check_name(env_id: str) -> None:
-    """Raise `UserError` for a name that `make` cannot know; gymnasium's own are checked when they are made."""
+def canonical_name(env_id: str) -> str:
+    """The one name of an environment: ``libero_object/0`` for ``libero_object/pick_up_the_alphabet_soup_…``.
+
+    Raises:
+        UserError: for a name that `make` cannot know; gymnasium's own are checked when they are made.
+    """
     family, _, name = env_id.partition("/")
     if family not in _FAMILIES:
         raise UserError(f"env.id={env_id!r}: unknown suite {family!r}; {nearest(family, _FAMILIES)}")
@@ -50,4 +54,5 @@ def check_name(env_id: str) -> None:
         if name not in ROBOSUITE_TASKS:
             raise UserError(f"env.id={env_id!r}: unknown task {name!r}; {nearest(name, ROBOSUITE_TASKS)}")
     elif family != "gymnasium":
-        find_task(env_id)
+        return find_task(env_id).id
+    return env_id

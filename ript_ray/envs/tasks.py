@@ -95,6 +95,11 @@ def all_task_ids() -> list[str]:
     return [task.id for suite in MAX_STEPS for task in suite_tasks(suite)]
 
 
+def task_called(name: str) -> Task | None:
+    """The task of this name, in whatever suite of LIBERO; None where there is none."""
+    return next((task for suite in MAX_STEPS for task in suite_tasks(suite) if task.name == name), None)
+
+
 def find_task(env_id: str) -> Task:
     """Look a task up by ``suite/index`` or ``suite/name``.
 

@@ -26,6 +26,9 @@ _SMALLEST_ARM_STD = (0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01)
 hand: its angles are noise of a hundredth of a radian, which would otherwise be blown up to the size of everything else,
 and outliers to 16 deviations."""
 
+_REACH = 5.0
+"""Means of actions that worlds take as they are, in [−1, 1], are smaller by far."""
+
 
 def check_relative(key: str, count: int, actions: int, states: int) -> None:
     """Can the first ``count`` action dimensions be taken relative to the state, as the setting ``key`` says?
@@ -106,6 +109,20 @@ class Normalisation:
                     "many: choose another policy, make one from demonstrations of these ('python launch.py sft'), or "
                     "convert its checkpoint with statistics of these ('python launch.py stats', convert.stats)"
                 )
+
+    def check_reach(self, what: str) -> None:
+        """Are the actions about as large as worlds take them, in [−1, 1]?
+
+        Raises:
+            UserError: when they lie far outside, so that all would be clipped to the same.
+        """
+        states = np.pad(self.state_mean, (0, max(0, len(self.action_mean) - len(self.state_mean))))
+        centres = np.array(self.action_mean) + np.array(self.relative) * states[: len(self.action_mean)]
+        if (furthest := np.abs(centres).max()) > _REACH:
+            raise UserError(
+                f"{what} takes actions in [−1, 1], and those that the policy was made from are around {furthest:.3g} "
+                "(in degrees?); expected actions scaled to [−1, 1]: scale those of the demonstrations"
+            )
 
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:
         """float32[B, S] in SI units → normalised, float32[B, max(S, state_width)]."""

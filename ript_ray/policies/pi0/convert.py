@@ -168,8 +168,13 @@ def export(policy: Pi0Policy, target: Path, asset: str) -> None:
     It has no place for the condition: in π0 "good" becomes part of the state token's bias, which is exact.
 
     Raises:
-        UserError: for a π0.5 that has learnt a condition.
+        UserError: for a π0.5 that has learnt a condition, and for a policy that is told it in the prompt.
     """
+    if policy.config.condition == "text":
+        raise UserError(
+            'convert.to=openpi: this policy acts on prompts that end in "Advantage: positive", which openpi\'s would '
+            "not; expected a policy converted with convert.condition=embedding or none"
+        )
     weights = {name: tensor.detach() for name, tensor in policy.state_dict().items()}
     condition = weights.pop("condition.weight", None)
     if condition is not None and condition.any():

@@ -40,6 +40,8 @@ class PromptTokenizer:
             from tokenizers import Tokenizer
 
             words = Tokenizer.from_buffer(content)
+            words.no_padding()  # the file may ask for either
+            words.no_truncation()
             self.size = words.get_vocab_size(with_added_tokens=False)
             # Without its own rule for the beginning, which would come to what `encode` adds.
             self._tokens = lambda text: list(words.encode(text, add_special_tokens=False).ids)

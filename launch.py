@@ -125,6 +125,7 @@ def train_until_it_fails(
     from actors.choosing import choose_policy
     from actors.coordinator import Coordinator
     from actors.home import Home
+    from actors.journal import journal_holds
     from actors.pool import SamplePool
     from cluster.gallery import Gallery
     from cluster.metrics import Metrics
@@ -143,7 +144,7 @@ def train_until_it_fails(
     policy = keep_starting_policy(config, run_dir)
     shown = demonstrations_to_show(config, policy)
     check_same_demonstrations(shown, config, run_dir)
-    update, newest, damaged = newest_policy(run_dir / "checkpoints")
+    update, newest, damaged = newest_policy(run_dir / "checkpoints", journal_holds(run_dir, "collected"))
     for reason in damaged:
         log.warning("%s; going on from update %d", reason, update)
     patience_s = config.scaling.wait_timeout_s if survived else 0.0  # a node that was lost may come back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from actors.weights import publish
 from ript_ray.algos.sampling import contexts_to_choose_by
 from ript_ray.choosing import choose_update
 from ript_ray.config import Config
+from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import copy_policy, load_policy, to_publish
+
+log = logging.getLogger("ript_ray")
 
 
 def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -> dict[str, Any]:
@@ -49,9 +53,19 @@ def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -
         played: list[bool | None] = ray.get(coordinator.play.remote(CHOOSING, contexts, config.eval.guidance))
         return played
 
-    compared = ray.get(coordinator.candidates.remote(last), timeout=limit)
+    settled = ray.get(coordinator.candidates.remote(last), timeout=limit)
+    compared = [update for update in settled if update == last or _is_whole(folder(update))]  # it may be long ago
     chosen = choose_update(compared, play, config.eval.halving_episodes)
     act_as(chosen["update"])
     copy_policy(folder(acting), run_dir / "final")
     names = {str(version): update for version, update in versions.items() if version > last}
     return {"updates": last, "weights_sha256": sha256, "chosen": chosen, "policy_versions": names}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        load_policy(folder)
+    except UserError as error:
+        log.warning("not compared: %s", error)
+        return False
+    return True

@@ -23,6 +23,7 @@ resumed (`actors.journal`) ends as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -176,7 +177,8 @@ class Coordinator:
             results[i] = report.success
             self._note(report)
             if len(kept[report.success]) < keep:
-                kept[report.success][i] = self._files.reference(outcome, self._version)
+                with contextlib.suppress(UserError):  # its file is damaged; another will do for a video
+                    kept[report.success][i] = self._files.reference(outcome, self._version)
             else:
                 self._files.forget(outcome.episode.number)
         self._totals.errors += dispatcher.errors
@@ -250,7 +252,7 @@ class Coordinator:
         self._progress.learning(step, done, expected)
 
     def close(self) -> None:
-        """The session ends: that its processes go, one before the other, is no fault of the run."""
+        """The session ends: nothing more is noted, hence done. That processes go one before the other is no fault."""
         self._journal.close()
 
     def _best(self) -> dict[str, Any] | None:
@@ -397,6 +399,7 @@ class Coordinator:
             fault = f"group {group.id} is not trained on: {error}"
             self._totals.errors.append(fault)
             self._journal.fault(fault)
+            now.accepted += 1  # as it did then: which groups come next depends on it
             return
         accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))
         if accepted:

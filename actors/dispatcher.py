@@ -283,9 +283,9 @@ class Dispatcher:
             self._running[report] = (actor, trajectory, episode)
 
     def _was_finished(self, episode: Episode) -> bool:
-        """Hand on what an actor wrote down before an earlier session ended, too late for the journal."""
+        """Hand on what an actor wrote down before it, or an earlier session, was lost: too late for the journal."""
         file = self._journal.episode_file(episode.number)
-        if file is None or episode.attempts > 0 or not file.exists():
+        if file is None or not file.exists():
             return False
         try:
             trajectory = load_trajectory(file)

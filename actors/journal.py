@@ -131,7 +131,7 @@ class Journal:
         return self._past.popleft() if self._past and self._past[0]["kind"] in kinds else None
 
     def close(self) -> None:
-        """Note nothing any more."""
+        """Note nothing any more: whoever tries meets a RuntimeError, before anyone acts on what was not noted."""
         self._closed = True
 
     def _note_beginning(self, number: int) -> None:
@@ -140,7 +140,9 @@ class Journal:
         self._begun.add(number)
 
     def _write(self, kind: str, **values: Any) -> None:
-        if self._file is not None and not self._closed:
+        if self._closed:
+            raise RuntimeError("the session has ended")
+        if self._file is not None:
             self._out.write(json.dumps({"kind": kind, "time": time.time()} | values) + "\n")
             self._out.flush()
 
@@ -185,7 +187,7 @@ def read_journal(run_dir: Path) -> list[dict[str, Any]]:
 
 def work_done(run_dir: Path) -> int:
     """Outcomes that the journal holds, and updates."""
-    updates = (int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*"))
+    updates = (int(path.name) for path in (run_dir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
     return journal_holds(run_dir, "played", "collected") + max(updates, default=0)
 
 

@@ -67,6 +67,8 @@ class SamplePool:
         """The step that is being sealed, and which of its windows have no frame of their trajectory's own."""
         self._rendered: dict[tuple[int, int], FrameBatch] = {}
         """Frames made for training, by trajectory and step; kept as long as the trajectory."""
+        self._counted: set[tuple[int, int]] = set()
+        """Of which frames for training were counted."""
         self._end: int | None = None
         """The first step that there will not be, once that is known."""
         self._newly_sealed = asyncio.Condition()
@@ -129,9 +131,7 @@ class SamplePool:
         """
         for job, reference in zip(jobs, references, strict=True):
             batch = FrameBatch(job.keys, [reference])
-            report = self._samples[batch.keys[0][0]].report
-            if report.frames < report.eager_frames:  # else every frame came with its step
-                self._count.frames += report.cameras * len(batch.keys)
+            self._count_frames(batch.keys)
             self._rendered |= dict.fromkeys(batch.keys, batch)
         whole, keys = self._sealing
         needed = dict.fromkeys(self._rendered[key] for key in keys if key in self._rendered)
@@ -140,8 +140,9 @@ class SamplePool:
             self._newly_sealed.notify_all()
 
     async def skip(self, step: int) -> None:
-        """Nobody will train on this step, which is sealed: it was learnt in an earlier session."""
+        """Nobody will train on this step, which was sealed last: an earlier session did, with frames made then."""
         self._sealed.pop(step, None)
+        self._count_frames(self._sealing[1])
 
     async def finish(self, step: int) -> None:
         """There will be no step from ``step`` on."""
@@ -186,6 +187,15 @@ class SamplePool:
             "training_frames": count.frames,
         }
 
+    def _count_frames(self, keys: Sequence[tuple[int, int]]) -> None:
+        """Frames for training by trajectory and step, each of which counts once, whoever has made it."""
+        for i, start in keys:
+            report = self._samples[i].report
+            # Else every frame came with its step.
+            if (i, start) not in self._counted and report.frames < report.eager_frames:
+                self._count.frames += report.cameras
+        self._counted.update(keys)
+
     def _is_over(self, step: int) -> bool:
         return self._end is not None and step >= self._end
 
@@ -195,6 +205,7 @@ class SamplePool:
             del self._samples[i]
             self._count.stale_dropped += 1
         self._rendered = {key: batch for key, batch in self._rendered.items() if key[0] in self._samples}
+        self._counted = {key for key in self._counted if key[0] in self._samples}
 
     def _without_frame(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
         """Windows without a frame of their trajectory's own, as (trajectory, step), in the order of their first use."""

@@ -30,6 +30,8 @@ class WeightStore:
     def __init__(self) -> None:
         self._objects: dict[int, ray.ObjectRef[WeightArrays]] = {}
         self._sha256: dict[int, str] = {}
+        self._owned = -1
+        """The newest version that outlives its learner."""
         self._newer = asyncio.Condition()
 
     def __repr__(self) -> str:
@@ -50,13 +52,14 @@ class WeightStore:
         self._objects[version], self._sha256[version] = reference, sha256
         for old in sorted(self._objects)[:-_KEEP]:
             del self._objects[old], self._sha256[old]
-        async with self._newer:
-            self._newer.notify_all()
         try:
             self._objects[version] = await asyncio.to_thread(ray.put, weights)
         except BaseException:  # nobody may count on what dies with the learner
             del self._objects[version], self._sha256[version]
             raise
+        async with self._newer:
+            self._owned = max(version, self._owned)
+            self._newer.notify_all()
 
     async def newest(self, than: int) -> tuple[int, list[Any]] | None:
         """``(version, [reference])`` when there is one newer than ``than``. A bare reference would be fetched here."""
@@ -64,12 +67,10 @@ class WeightStore:
         return (version, [self._objects[version]]) if version > than else None
 
     async def wait_for(self, version: int, timeout_s: float) -> bool:
-        """True as soon as ``version`` or a newer one is published, False after ``timeout_s``."""
+        """True as soon as ``version`` or a newer one is there to stay, False after ``timeout_s``."""
         async with self._newer:
             try:
-                await asyncio.wait_for(
-                    self._newer.wait_for(lambda: max(self._objects, default=-1) >= version), timeout_s
-                )
+                await asyncio.wait_for(self._newer.wait_for(lambda: self._owned >= version), timeout_s)
             except TimeoutError:
                 return False
         return True

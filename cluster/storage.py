@@ -51,15 +51,14 @@ class Storage:
         self._known: dict[Path, tuple[int, int]] = {}
         self._fs, self._root = _open(url)
         with _explained(url):
-            there, here = _began(self._fs, self._root), _began(*_open(str(run_dir)))
-        if there and there != here:
+            there = _journal(self._fs, self._root)
+        here = (run_dir / _JOURNAL).read_bytes() if (run_dir / _JOURNAL).exists() else b""
+        if there and there.partition(b"\n")[0] != here.partition(b"\n")[0]:  # which tells when a run began
             raise UserError(
                 f"run.storage={url!r} holds another run than {run_dir}; give a new run another place, or go on with "
                 "that one: run.resume=true with a run.dir that is not there yet"
             )
-        with _explained(url):
-            written = self._fs.get_file_info(str(self._root / _JOURNAL)).size or 0
-        if written > _size(run_dir / _JOURNAL):
+        if not here.startswith(there):
             raise UserError(
                 f"run.storage={url!r} is further than {run_dir}: the run went on elsewhere; to go on from there, move "
                 f"{run_dir} away and send the same command again"
@@ -175,7 +174,7 @@ def restore(url: str, run_dir: Path) -> bool:
     """
     fs, root = _open(url)
     with _explained(url):
-        if not _began(fs, root):
+        if not _journal(fs, root):
             return False
         there = fs.get_file_info(FileSelector(str(root), recursive=True))
         for info in sorted(there, key=lambda info: info.base_name == _JOURNAL):
@@ -191,13 +190,13 @@ def restore(url: str, run_dir: Path) -> bool:
     return True
 
 
-def _began(fs: FileSystem, root: PurePosixPath) -> bytes:
-    """The first line of the journal that is there, which no other run has: it tells when the run began."""
+def _journal(fs: FileSystem, root: PurePosixPath) -> bytes:
+    """The journal that is there, if one is."""
     journal = str(root / _JOURNAL)
     if fs.get_file_info(journal).type != FileType.File:
         return b""
     with fs.open_input_stream(journal) as source:
-        return bytes(source.read(1000)).partition(b"\n")[0]
+        return bytes(source.read())
 
 
 def _open(url: str) -> tuple[FileSystem, PurePosixPath]:
@@ -217,10 +216,6 @@ def _explained(url: str) -> Iterator[None]:
             f"run.storage={url!r}: {str(error).splitlines()[0]}; expected a folder that can be written: a path, or "
             "a URL such as s3://bucket/run, with the credentials that its service looks for"
         ) from error
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
 
 
 def _stamp(file: Path) -> tuple[int, int]:

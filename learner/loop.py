@@ -143,7 +143,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         idle = time.perf_counter() - waiting
         began = time.perf_counter()
         frames = RenderedFrames(shard.rendered, limit)
-        prefetch([*shard.trajectories.values(), *(batch.reference[0] for batch in shard.rendered)], limit)
+        if config.scaling.learners:  # else this is the driver, which has all of them, and may have to leave Ray
+            prefetch(list(shard.trajectories.values()), limit)
         steps = plan_steps(shard, _Trajectories(shard.trajectories, limit), config.train.micro_batch, frames)
         diagnostics: dict[str, float] = {}
         if steps:  # else what acts goes on acting
@@ -287,7 +288,7 @@ def prefetch(references: Sequence[Any], timeout_s: float) -> None:
     """Begin to bring objects to this node, while the learner trains on those that are here.
 
     Args:
-        references: of objects that may be on any node, or not made yet.
+        references: of objects on any node. All of them must have been made: none comes before all others are.
         timeout_s: after which those that are not here by then come when they are asked for.
     """
 

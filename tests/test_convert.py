@@ -134,14 +134,16 @@ def test_a_policy_that_is_told_good_in_words_has_no_place_in_openpi(
 
 
 def test_a_tokeniser_that_was_saved_with_padding_pads_nothing() -> None:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    trained = PromptTokenizer.train(SENTENCES, 320)
-    theirs = Tokenizer.from_buffer(trained.content)
-    theirs.enable_padding(length=48)
-    theirs.enable_truncation(3)
-    saved = PromptTokenizer(trained.file, theirs.to_str().encode())
-    assert saved.encode(SENTENCES[0]) == trained.encode(SENTENCES[0])
+    words = {"<bos>": 0, "<pad>": 1, "open": 2, "the": 3, "drawer": 4}
+    theirs = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    theirs.pre_tokenizer = pre_tokenizers.Whitespace()
+    theirs.enable_padding(length=48, pad_id=1, pad_token="<pad>")
+    theirs.enable_truncation(2)
+    assert len(theirs.encode("open the drawer").ids) == 48
+    tokenizer = PromptTokenizer("tokenizer.json", theirs.to_str().encode())
+    assert tokenizer.encode("open the drawer") == [0, 2, 3, 4]
 
 
 def test_statistics_of_a_robot_keep_what_stands_still_and_padding_goes(tmp_path: Path) -> None:

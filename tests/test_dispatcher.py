@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from conftest import make_trajectory
 from actors.dispatcher import Dispatcher, Episode
 from actors.journal import Journal, read_journal
 from ript_ray.config import ScalingConfig
-from ript_ray.types import Context, EpisodeReport
+from ript_ray.data.storage import save_episode
+from ript_ray.types import Context, EpisodeRecord, EpisodeReport
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -100,10 +102,37 @@ def test_that_actors_go_with_their_driver_is_no_fault_of_the_run(tmp_path: Path)
     assert [entry["kind"] for entry in read_journal(tmp_path)] == ["session"]
 
 
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Leaver:
+    """Writes its episode down, and is gone before anybody hears of it."""
+
+    def awake(self) -> str:
+        return ""
+
+    def collect(self, context: Context, _guidance: float, _exploring: bool, file: Path, _home: Any) -> None:
+        with file.parent.with_name("calls").open("a") as calls:
+            calls.write("x")
+        trajectory = make_trajectory(20)
+        trajectory.context = context
+        save_episode(file, EpisodeRecord.of(trajectory, 60), trajectory)
+        os._exit(1)
+
+
+def test_what_an_actor_wrote_down_before_it_died_is_not_played_again(tmp_path: Path) -> None:
+    dispatcher = Dispatcher([Leaver.remote()], ScalingConfig(), Journal(tmp_path))
+    dispatcher.submit(Episode(-1, FINE, guidance=1.0))
+    outcome = dispatcher.next()
+    assert outcome is not None
+    assert outcome.report is not None
+    assert outcome.report.context == FINE
+    assert len(dispatcher.errors) == 1
+    assert (tmp_path / "calls").read_text() == "x"
+
+
 def test_a_journal_that_is_closed_takes_nothing_more(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.fault("seen")
     journal.close()
-    journal.fault("the actors are gone")
-    journal.given_up(0, "failed 3 times")
+    with pytest.raises(RuntimeError, match="the session has ended"):  # hence nobody hears of an outcome
+        journal.given_up(0, "failed 3 times")
     assert [entry.get("text") for entry in read_journal(tmp_path)] == [None, "seen"]

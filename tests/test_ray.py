@@ -88,6 +88,23 @@ def test_nothing_stale_is_served_and_what_is_dropped_is_counted(tiny_config: Con
     }
 
 
+def test_a_frame_counts_once_whoever_made_it(tiny_config: Config) -> None:
+    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update={"windows": "all"})})
+
+    def frames(learnt: bool) -> int:
+        pool = SamplePool.remote(config)
+        add_group(pool, 0, [True, False, False, False])
+        for step in (0, 1):
+            jobs = ray.get(pool.seal.remote(step))
+            if step == 0 and learnt:  # in an earlier session
+                ray.get(pool.skip.remote(step))
+            else:
+                ray.get(pool.rendering.remote(jobs, [ray.put(None) for _ in jobs]))
+        return int(ray.get(pool.stats.remote())["training_frames"])
+
+    assert frames(learnt=True) == frames(learnt=False) > 0
+
+
 def test_a_learner_that_is_several_steps_behind_gets_each_of_them(tiny_config: Config) -> None:
     pool = SamplePool.remote(tiny_config)
     add_group(pool, 0, [True, False, False, False])

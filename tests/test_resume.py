@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    update, policy, damaged = newest_policy(tmp_path)
+    update, policy, damaged = newest_policy(tmp_path, at_most=2)
     assert update == 1
     assert policy is not None
     assert len(damaged) == 1
@@ -326,12 +326,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert "sha256 is not the one that was written" in damaged[0]
     save_policy(tmp_path / "0004", point_policy())
     (tmp_path / "unaveraged-0004").mkdir()  # without its files, from which training would go on
-    update, _, damaged = newest_policy(tmp_path)
+    update, _, damaged = newest_policy(tmp_path, at_most=4)
     assert update == 1  # 2 is damaged, too
     assert "unaveraged-0004" in damaged[0]
     for update in (9999, 10_000):
         save_policy(tmp_path / f"{update:04d}", point_policy())
-    assert newest_policy(tmp_path)[0] == 10_000
+    (tmp_path / "0003.aside").mkdir()  # by a person
+    assert newest_policy(tmp_path, at_most=10_000)[0] == 10_000
+    update, _, newer = newest_policy(tmp_path, at_most=1)  # the journal was cut, or restored without its end
+    assert update == 1
+    assert len(newer) == 4
+    assert all("is newer than the journal" in reason for reason in newer)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     (run / "journal.jsonl").write_text('{"kind": "session"}\n')
     with pytest.raises(UserError, match=r"is further than .*move"), stored(url, run):
         pass
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n' + '{"kind": "played"}\n' * 5)  # it had played more
+    with pytest.raises(UserError, match=r"is further than .*move"), stored(url, run):
+        pass
     (run / "older").rename(run / "journal.jsonl")
 
     other = tmp_path / "other"

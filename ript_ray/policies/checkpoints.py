@@ -100,17 +100,22 @@ UNAVERAGED = "unaveraged-{:04d}"
 """Folder beside an update's checkpoint, of the weights that training goes on from where they are not those that act."""
 
 
-def newest_policy(folder: Path) -> tuple[int, Policy | None, list[str]]:
+def newest_policy(folder: Path, at_most: int) -> tuple[int, Policy | None, list[str]]:
     """The newest whole checkpoint of a run.
 
     Args:
         folder: a run's ``checkpoints``, with folders named by update.
+        at_most: updates whose rollouts the run knows; newer ones it would not make again as they were.
 
     Returns:
         Its update and the policy, or 0 and None when there is none; and what is wrong with newer ones.
     """
     damaged: list[str] = []
-    for path in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name), reverse=True):
+    found = [path for path in folder.glob("[0-9]*") if path.name.isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
+        if int(path.name) > at_most:
+            damaged.append(f"{path} is newer than the journal, which knows the rollouts of {at_most} updates")
+            continue
         try:
             policy = load_policy(path)
             unaveraged = folder / UNAVERAGED.format(int(path.name))

@@ -57,11 +57,13 @@ def make_openpi(folder: Path, pi05: bool, padded: int = 32) -> tuple[Sizes, dict
     return sizes, weights
 
 
-@pytest.mark.parametrize("pi05", [False, True])
-def test_an_openpi_checkpoint_acts_as_the_reference_and_goes_back_byte_for_byte(pi05: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pi05", "told"), [(False, 8), (True, 8), (True, 32)])
+def test_an_openpi_checkpoint_acts_as_the_reference_and_goes_back_byte_for_byte(
+    pi05: bool, told: int, tmp_path: Path
+) -> None:
     sizes, weights = make_openpi(tmp_path / "theirs", pi05)
-    relative = "convert.relative=6"
-    assert launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), relative]) == 0
+    settings = ["convert.relative=6", *(["convert.prompt_states=32"] if told == 32 else [])]  # as LeRobot had it
+    assert launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), *settings]) == 0
     policy, batch = load_policy(tmp_path / "ours"), make_batch(2)
     assert policy.transform.relative == (True,) * 6 + (False,)
     noise = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))
@@ -79,12 +81,13 @@ def test_an_openpi_checkpoint_acts_as_the_reference_and_goes_back_byte_for_byte(
         state = (raw - low) / (high - low + 1e-6) * 2 - 1
     else:
         state = (raw - unpadded("state", "mean", 8)) / (unpadded("state", "std", 8) + 1e-6)
-    told = list(state) if pi05 else [None, None]
-    rows = [prompt_tokens(TOKENIZER, text, s, None, 200) for text, s in zip(batch.instructions, told, strict=True)]
+    padded = np.pad(state, ((0, 0), (0, 24)))
+    words = list(padded[:, :told]) if pi05 else [None, None]
+    rows = [prompt_tokens(TOKENIZER, text, s, None, 200) for text, s in zip(batch.instructions, words, strict=True)]
     tokens = np.array([row + [0] * (200 - len(row)) for row in rows])
     mask = np.array([[i < len(row) for i in range(200)] for row in rows])
     pixels = policy.transform.encode_images(batch.frames).movedim(2, -1).numpy()
-    present, padded = np.ones((2, 2), dtype=bool), np.pad(state, ((0, 0), (0, 24)))
+    present = np.ones((2, 2), dtype=bool)
     x = reference.sample(weights, sizes, pixels, present, tokens, mask, padded, noise.numpy())[..., :7]
     if pi05:
         low, high = unpadded("actions", "q01", 7), unpadded("actions", "q99", 7)

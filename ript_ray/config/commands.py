@@ -66,6 +66,10 @@ class ConvertConfig(Section):
     """Actions in a chunk, where ``config.json`` does not say: 50 for π0, 10 for ``pi05_libero``."""
     state_in_prompt: bool | None = None
     """π0.5: is the state written into the prompt? Yes by default; not so for ``pi05_libero``."""
+    prompt_states: int | None = Field(default=None, ge=1, le=32)
+    """π0.5: so many numbers of the state are in the prompt: the robot's own by default, as openpi writes them; 32 where
+    LeRobot trained it with the state padded before it was written (versions from 2025-09 on; see its
+    ``processor_pi05.py``)."""
     condition: Literal["none", "embedding", "text"] = "embedding"
     """How the policy will be told "good" or not in reinforcement learning: a learnt embedding, words, or not at all."""
 

@@ -120,6 +120,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
             vocabulary=shapes["words.weight"][0],
             max_tokens=200 if pi05 else 48,
             state_in_prompt=pi05 if settings.state_in_prompt is None else settings.state_in_prompt,
+            prompt_states=settings.prompt_states,
             condition=settings.condition,
             vision=vision,
             language=_gemma(shapes, "language.", shapes["words.weight"][1]),
@@ -211,6 +212,7 @@ def random_policy(preset: str, settings: ConvertConfig) -> Pi0Policy:
         condition=settings.condition,
         horizon=settings.horizon or config.horizon,
         state_in_prompt=config.state_in_prompt if settings.state_in_prompt is None else settings.state_in_prompt,
+        prompt_states=settings.prompt_states,
     )
     if settings.tokenizer:
         tokenizer = PromptTokenizer.load(Path(settings.tokenizer))

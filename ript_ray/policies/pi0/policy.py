@@ -57,6 +57,8 @@ class Pi0Config:
     """Of a prompt; 200 for π0.5."""
     state_in_prompt: bool = False
     """π0.5: the state is written into the prompt (openpi's ``discrete_state_input``)."""
+    prompt_states: int | None = None
+    """So many numbers of it, padded with zeros; the robot's own by default."""
     condition: Literal["none", "embedding", "text"] = "embedding"
     """How the model is told c: an embedding on π0's state token (π0.5: on its time), which is zero at first, or by
     ``Advantage: positive`` or ``negative`` in the prompt (RECAP, arXiv 2511.14759)."""
@@ -222,7 +224,8 @@ class Pi0Policy(Policy):
         times = rows // len(seen.state)
         states: list[Any] = [None] * rows
         if self.config.state_in_prompt:
-            own = seen.state[:, : len(self.transform.state_mean)].float().cpu().numpy()
+            count = self.config.prompt_states or len(self.transform.state_mean)
+            own = seen.state[:, :count].float().cpu().numpy()
             states = list(own) * times
         advantages = [None] * rows if conditions is None else [ADVANTAGES[c] for c in conditions]
         prompts = [

@@ -15,7 +15,7 @@ from actors.dispatcher import Dispatcher, Episode
 from actors.journal import Journal, read_journal
 from ript_ray.config import ScalingConfig
 from ript_ray.data.storage import save_episode
-from ript_ray.types import Context, EpisodeRecord, EpisodeReport
+from ript_ray.types import Context, EpisodeRecord, EpisodeReport, Trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -99,12 +99,15 @@ def test_that_actors_go_with_their_driver_is_no_fault_of_the_run(tmp_path: Path)
     with pytest.raises(RuntimeError, match="the driver is gone"):
         dispatcher.next()
     assert dispatcher.errors == []
-    assert [entry["kind"] for entry in read_journal(tmp_path)] == ["session"]
+    assert [entry["kind"] for entry in read_journal(tmp_path)] == ["session", "began"]
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Leaver:
     """Writes its episode down, and is gone before anybody hears of it."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._trajectory = trajectory
 
     def awake(self) -> str:
         return ""
@@ -112,14 +115,13 @@ class Leaver:
     def collect(self, context: Context, _guidance: float, _exploring: bool, file: Path, _home: Any) -> None:
         with file.parent.with_name("calls").open("a") as calls:
             calls.write("x")
-        trajectory = make_trajectory(20)
-        trajectory.context = context
-        save_episode(file, EpisodeRecord.of(trajectory, 60), trajectory)
+        self._trajectory.context = context
+        save_episode(file, EpisodeRecord.of(self._trajectory, 60), self._trajectory)
         os._exit(1)
 
 
 def test_what_an_actor_wrote_down_before_it_died_is_not_played_again(tmp_path: Path) -> None:
-    dispatcher = Dispatcher([Leaver.remote()], ScalingConfig(), Journal(tmp_path))
+    dispatcher = Dispatcher([Leaver.remote(make_trajectory(20))], ScalingConfig(), Journal(tmp_path))
     dispatcher.submit(Episode(-1, FINE, guidance=1.0))
     outcome = dispatcher.next()
     assert outcome is not None

@@ -178,7 +178,7 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     }
     for column in summary["evaluation"].values():
         assert set(column) == {"base", "final", "paired_p"}
-        assert set(column["base"]) == {"successes", "episodes", "rate", "ci95"}
+        assert set(column["base"]) == {"successes", "episodes", "effective_episodes", "rate", "ci95"}
     assert summary["updates"] == 2
     assert summary["episodes"] == 14 + 2 * 2  # two of each update's policy, to choose one
     assert summary["chosen"]["update"] in (1, 2)

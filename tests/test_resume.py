@@ -215,7 +215,7 @@ def test_what_a_run_recorded_is_dissected_with_the_policy_that_played_it(
     shutil.copytree(undisturbed, run := tmp_path / "run")
     names = json.loads((run / "summary.json").read_text())["policy_versions"]
     played = {e["report"]["policy_version"]: e["number"] for e in read_journal(run) if e["kind"] == "played"}
-    assert played.keys() >= {0, 1, 2, 3}
+    assert {0, 1, 2} < played.keys()  # and versions that were published again, to be compared
     for version, number in played.items():
         result = tmp_path / "looks.json"
         code = launch.main(["dissect", str(run / f"episodes/{number:06d}.safetensors"), "--json", str(result)])

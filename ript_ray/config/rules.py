@@ -42,8 +42,9 @@ def _states(config: Config) -> None:
     trained = range(FIRST_PLACEMENT, FIRST_PLACEMENT + config.env.train_placements)
     if seeds and (seeds.start < INIT_STATES or max(seeds.start, trained.start) < min(seeds.stop, trained.stop)):
         raise ValueError(
-            f"eval.seed={config.eval.seed} with eval.random_placement={config.eval.random_placement}: these seeds are "
-            f"initial states (0 to {INIT_STATES - 1}) or the placements of training; set eval.seed=1000000"
+            f"eval.seed={config.eval.seed} with eval.random_placement={config.eval.random_placement}, "
+            f"env.train_placements={config.env.train_placements}: these seeds are initial states (0 to "
+            f"{INIT_STATES - 1}) or the placements of training (from {FIRST_PLACEMENT}); set eval.seed=1000000"
         )
 
 

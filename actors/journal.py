@@ -47,6 +47,7 @@ class Journal:
         self.played_again: list[int] = []
         """Numbers of episodes that were under way when a session ended, and begun anew in a later one."""
         self._begun: set[int] = set()
+        """Numbers of episodes that earlier sessions began."""
         self._past: deque[dict[str, Any]] = deque()
         self._settled: dict[str, Any] = {}
         self._number = 0
@@ -68,7 +69,8 @@ class Journal:
             elif entry["kind"] == "settled":
                 self._settled[entry["name"]] = entry["value"]
             elif entry["kind"] == "began":
-                self._note_beginning(entry["number"])
+                self._note_again(entry["number"])
+                self._begun.add(entry["number"])
             else:
                 self._past.append(entry)
         self._write("session")
@@ -101,7 +103,7 @@ class Journal:
 
     def began(self, number: int) -> None:
         """Note that a session plays an episode; not where replaying gets to, since clocks decide when it comes."""
-        self._note_beginning(number)
+        self._note_again(number)
         self._write("began", number=number)
 
     def played(self, number: int, report: EpisodeReport) -> None:
@@ -134,10 +136,9 @@ class Journal:
         """Note nothing any more: whoever tries meets a RuntimeError, before anyone acts on what was not noted."""
         self._closed = True
 
-    def _note_beginning(self, number: int) -> None:
+    def _note_again(self, number: int) -> None:
         if number in self._begun:
             self.played_again.append(number)
-        self._begun.add(number)
 
     def _write(self, kind: str, **values: Any) -> None:
         if self._closed:

@@ -131,6 +131,16 @@ def test_what_an_actor_wrote_down_before_it_died_is_not_played_again(tmp_path: P
     assert (tmp_path / "calls").read_text() == "x"
 
 
+def test_a_journal_knows_what_was_begun_in_earlier_sessions(tmp_path: Path) -> None:
+    for numbers in ((0, 1, 2), (1, 2, 3), (2, 4)):
+        journal = Journal(tmp_path)
+        for number in numbers:
+            journal.began(number)
+        last = journal.played_again
+        del journal
+    assert last == [1, 2, 2]
+
+
 def test_a_journal_that_is_closed_takes_nothing_more(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.fault("seen")

@@ -220,7 +220,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     """Success rate of ``policy.checkpoint`` on held-out initial states."""
     import ray
 
-    from ript_ray.evaluation import evaluation_contexts, success_summary
+    from ript_ray.evaluation import evaluation_contexts, summary_by_start
     from ript_ray.reporting import describe_rate, versions
 
     with players(config, run_dir) as coordinator:
@@ -230,7 +230,7 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     contexts, columns = evaluation_contexts(config), {}
     for name, results in outcome["results"].items():
         played = [(r, c.start) for r, c in zip(results, contexts[name], strict=True) if r is not None]
-        columns[name] = success_summary([result for result, _ in played], [start for _, start in played])
+        columns[name] = summary_by_start(played)
     print(config.env.id)
     for name, result in columns.items():
         print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")

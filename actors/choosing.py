@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import ray
 from actors.progress import CHOOSING
 from actors.weights import publish
 from ript_ray.algos.sampling import contexts_to_choose_by
-from ript_ray.choosing import choose_update
+from ript_ray.choosing import candidates, choose_update
 from ript_ray.config import Config
-from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import copy_policy, load_policy, to_publish
-
-log = logging.getLogger("ript_ray")
+from ript_ray.runs import policy_folder
 
 
 def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -> dict[str, Any]:
@@ -37,13 +34,10 @@ def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -
     last, sha256 = ray.get(store.newest_version.remote(), timeout=limit)
     acting, versions = last, {last: last}
 
-    def folder(update: int) -> Path:
-        return run_dir / "checkpoints" / f"{update:04d}" if update else run_dir / "start"
-
     def act_as(update: int) -> None:
         nonlocal acting, sha256
         if update != acting:
-            arrays, sha256 = to_publish(load_policy(folder(update)), config.policy.precision)
+            arrays, sha256 = to_publish(load_policy(policy_folder(run_dir, update)), config.policy.precision)
             publish(store, max(versions) + 1, arrays, sha256, limit)
             acting = versions[max(versions) + 1] = update
 
@@ -54,18 +48,9 @@ def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -
         return played
 
     settled = ray.get(coordinator.candidates.remote(last), timeout=limit)
-    compared = [update for update in settled if update == last or _is_whole(folder(update))]  # it may be long ago
+    compared = candidates(last, settled, len(settled), run_dir / "checkpoints")  # it may be long ago
     chosen = choose_update(compared, play, config.eval.halving_episodes)
     act_as(chosen["update"])
-    copy_policy(folder(acting), run_dir / "final")
+    copy_policy(policy_folder(run_dir, acting), run_dir / "final")
     names = {str(version): update for version, update in versions.items() if version > last}
     return {"updates": last, "weights_sha256": sha256, "chosen": chosen, "policy_versions": names}
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        load_policy(folder)
-    except UserError as error:
-        log.warning("not compared: %s", error)
-        return False
-    return True

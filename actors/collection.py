@@ -10,7 +10,7 @@ import numpy as np
 from actors.dispatcher import Outcome
 from ript_ray.algos.sampling import Group
 from ript_ray.config import SamplingConfig
-from ript_ray.evaluation import success_summary
+from ript_ray.evaluation import summary_by_start
 from ript_ray.types import Start
 
 
@@ -91,7 +91,7 @@ class Collection:
 
 
 def _success(section: str, results: list[tuple[bool, Start]]) -> dict[str, float]:
-    summary = success_summary([success for success, _ in results], [start for _, start in results])
+    summary = summary_by_start(results)
     low, high = summary["ci95"]
     return {
         f"{section}/success_rate": summary["rate"] or 0.0,

@@ -49,7 +49,7 @@ from ript_ray.algos.sampling import ContextSampler, Group, training_starts
 from ript_ray.choosing import best_in_rollouts, candidates
 from ript_ray.config import Config
 from ript_ray.errors import UserError
-from ript_ray.evaluation import evaluation_contexts, success_summary
+from ript_ray.evaluation import evaluation_contexts, summary_by_start
 from ript_ray.types import Context, EpisodeReport, Start
 
 log = logging.getLogger("ript_ray")
@@ -260,10 +260,7 @@ class Coordinator:
         folder = None if self._journal.run_dir is None else self._journal.run_dir / "checkpoints"
         kept = (update for update in self.best_updates() if folder is None or (folder / f"{update:04d}").exists())
         best = next(kept, None)
-        if best is None:
-            return None
-        successes, starts = zip(*self._by_version[best], strict=True)
-        return {"update": best} | success_summary(successes, starts)
+        return None if best is None else {"update": best} | summary_by_start(self._by_version[best])
 
     def _next_dispatcher(self) -> Dispatcher:
         """For the next stage, with the actors that are there now."""

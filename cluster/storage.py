@@ -174,7 +174,7 @@ def restore(url: str, run_dir: Path) -> bool:
     """
     fs, root = _open(url)
     with _explained(url):
-        if not _journal(fs, root):
+        if not fs.get_file_info(str(root / _JOURNAL)).size:
             return False
         there = fs.get_file_info(FileSelector(str(root), recursive=True))
         for info in sorted(there, key=lambda info: info.base_name == _JOURNAL):

@@ -27,7 +27,7 @@ from ript_ray.data.lines import append_json_line
 from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
 from ript_ray.envs.rendering import choose, describe_renderer
-from ript_ray.evaluation import before_and_after, evaluation_contexts, success_summary
+from ript_ray.evaluation import before_and_after, evaluation_contexts, summary_by_start
 from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
@@ -80,7 +80,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
         played[player.version] = results
-        success = success_summary([result for result, _ in results], [start for _, start in results])
+        success = summary_by_start(results)
         seconds["rollout"] += learning_began - rollouts_began
         rejected = len(results) // config.sampling.group_size - len(accepted)
         groups["accepted"] += len(accepted)

@@ -79,6 +79,11 @@ def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None =
     }
 
 
+def summary_by_start(results: Sequence[tuple[bool, Hashable]]) -> dict[str, Any]:
+    """`success_summary` of outcomes, each with its start."""
+    return success_summary([success for success, _ in results], [start for _, start in results])
+
+
 def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> float:
     """So many independent episodes tell as much of the success rate as these, of which some share a start.
 

@@ -102,6 +102,11 @@ def settings_tried(run_dir: Path) -> int:
     return len({yaml.safe_dump(settings) for settings in tried if settings["env"]["id"] == own["env"]["id"]})
 
 
+def policy_folder(run_dir: Path, update: int) -> Path:
+    """Where a run has the policy of an update; of 0, the one that it began with."""
+    return run_dir / "checkpoints" / f"{update:04d}" if update else run_dir / "start"
+
+
 def policy_that_played(episode: Path, version: int) -> Path | None:
     """The folder of the policy that played an episode which is in a run's directory; None where it is in no such.
 
@@ -111,12 +116,10 @@ def policy_that_played(episode: Path, version: int) -> Path | None:
     run_dir = episode.resolve().parent.parent
     if not (run_dir / "start").is_dir():
         return None
-    if version == 0:
-        return run_dir / "start"
     summary = run_dir / "summary.json"
     names = json.loads(summary.read_text()).get("policy_versions", {}) if summary.exists() else {}
     update = names.get(str(version), version)
-    folder = run_dir / "checkpoints" / f"{update:04d}" if update else run_dir / "start"
+    folder = policy_folder(run_dir, update)
     if not folder.is_dir():
         raise UserError(
             f"{episode} was played by the policy of update {update}, and {folder} is not there (any more: "

@@ -29,6 +29,9 @@ from ript_ray.reporting import write_json
 from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, EpisodeReport, Start, Trajectory
 
+_HDF5 = (".hdf5", ".h5")
+"""Of LIBERO's original demonstrations."""
+
 
 def read_demonstrations(
     path: Path, env_id: str, data: DataConfig | None = None, *, image_size: int | None = None, frames: bool = True
@@ -51,7 +54,7 @@ def read_demonstrations(
         names = {"cameras": data.cameras, "state": data.state, "actions": data.actions}
         every = data.frame_every
         return read_dataset(path, env_id=env_id, names=names, every=every, image_size=image_size, frames=frames)
-    if path.suffix in (".hdf5", ".h5"):
+    if path.suffix in _HDF5:
         from ript_ray.data.hdf5 import read_hdf5
 
         # What such a file says of itself is the goal file's text, which differs from the benchmark's in 29 tasks.
@@ -73,9 +76,9 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     key, size = f"data.demos={config.data.demos!r}", config.env.image_size
     file = resolve(config.data.demos)
     found = read_demonstrations(file, config.env.ids[0], config.data, image_size=size)
-    demos = [demo for demo in found if demo.success]
-    if file.suffix != ".safetensors":  # somebody else's, which name no task, but say what was to be done
-        demos = _of_these_tasks(demos, config.env.ids, key)
+    successes = (demo for demo in found if demo.success)
+    foreign = file.is_dir() or file.suffix in _HDF5  # names no task, but says what was to be done
+    demos = list(_of_these_tasks(successes, config.env.ids, key) if foreign else successes)
     if not any(starts_seen(EpisodeReport.of(demo), config.data) for demo in demos):
         raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
     for demo in demos:
@@ -90,18 +93,25 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     return demos
 
 
-def _of_these_tasks(demos: list[Trajectory], ids: Sequence[str], key: str) -> list[Trajectory]:
+def _of_these_tasks(demos: Iterable[Trajectory], ids: Sequence[str], key: str) -> Iterator[Trajectory]:
     """Those with the instruction of one of these tasks, and with its name; all, where the tasks are not LIBERO's."""
     known = {find_task(name).instruction.lower(): name for name in ids if name.partition("/")[0] in MAX_STEPS}
-    if not demos or not known:
-        return demos
-    named = [(demo, known.get(demo.instruction.strip().lower())) for demo in demos]
-    if not any(name for _, name in named):
+    if not known:
+        yield from demos
+        return
+    found, other = False, None
+    for demo in demos:
+        name = known.get(demo.instruction.strip().lower())
+        if name is None:
+            other = other or demo.instruction
+            continue
+        found = True
+        yield replace(demo, context=replace(demo.context, env_id=name))
+    if other is not None and not found:
         raise UserError(
-            f"{key} has no demonstration of {', '.join(map(repr, known))}, but of {demos[0].instruction!r}; expected "
-            f"those of env.id={','.join(ids)!r}"
+            f"{key} has no demonstration of {', '.join(map(repr, known))}, but of {other!r}; expected those of "
+            f"env.id={','.join(ids)!r}"
         )
-    return [replace(demo, context=replace(demo.context, env_id=name)) for demo, name in named if name]
 
 
 def check_same_demonstrations(demos: Sequence[Trajectory], config: Config, run_dir: Path) -> None:

@@ -268,12 +268,12 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     """Have the scripted expert make ``demos.episodes`` demonstrations."""
     import ray
     from ray.util import ActorPool
-    from tqdm import tqdm
 
     from actors.rollout import RolloutActor
     from cluster.session import ResourcePlan, ray_session, start_actors
     from ript_ray.algos.sampling import start_context, training_starts
     from ript_ray.data.storage import save_trajectories
+    from ript_ray.reporting import progress_bar
 
     starts = training_starts(config.env)
     contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
@@ -283,7 +283,11 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
         workers = ActorPool(actors)
         # One that dies starts again and makes the same demonstration.
         results = workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
-        made = [ray.get(ray.put(demo)) for demo in tqdm(results, total=len(contexts), desc="demonstrations")]
+        made = []
+        with progress_bar(len(contexts), "demonstrations") as bar:
+            for demo in results:
+                made.append(ray.get(ray.put(demo)))
+                bar.update()
     file = resolve(config.data.demos)
     save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
     successes = sum(demo.success for demo in made)
@@ -294,13 +298,13 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
 def sft(config: Config, run_dir: Path) -> dict[str, Any]:
     """Train a starting policy on demonstrations."""
     import torch
-    from tqdm import tqdm
 
     from learner.sft import train_on_demonstrations
     from ript_ray.policies.checkpoints import cpu_weights, save_policy, weights_sha256
+    from ript_ray.reporting import progress_bar
 
     torch.set_num_threads(config.scaling.learner_threads)
-    with tqdm(total=config.sft.steps, desc="imitation") as bar:
+    with progress_bar(config.sft.steps, "imitation") as bar:
 
         def on_step(index: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

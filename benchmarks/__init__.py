@@ -11,7 +11,7 @@ from ript_ray.errors import UserError, nearest
 if TYPE_CHECKING:
     from ript_ray.config import Config
 
-_BENCHMARKS = {
+BENCHMARKS = {
     "async": "asynchrony:measure",
     "control": "control:measure",
     "env": "env:measure",
@@ -36,10 +36,10 @@ def run_benchmark(subjects: list[str], config: Config) -> dict[str, Any]:
     Raises:
         UserError: when no or an unknown subject is named.
     """
-    if len(subjects) != 1 or subjects[0] not in _BENCHMARKS:
+    if len(subjects) != 1 or subjects[0] not in BENCHMARKS:
         given = " ".join(subjects)
-        raise UserError(f"bench {given!r}: name one benchmark; {nearest(given, _BENCHMARKS)}")
-    module, _, function = _BENCHMARKS[subjects[0]].partition(":")
+        raise UserError(f"bench {given!r}: name one benchmark; {nearest(given, BENCHMARKS)}")
+    module, _, function = BENCHMARKS[subjects[0]].partition(":")
     result: dict[str, Any] = getattr(import_module(f"benchmarks.{module}"), function)(config)
     print(json.dumps(result, indent=2))
     return result

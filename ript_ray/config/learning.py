@@ -56,7 +56,7 @@ class DataConfig(Section):
     actions: str | None = None
     """Of LeRobot datasets: the feature that is the action; ``actions`` or ``action`` by default."""
     frame_every: int = Field(default=1, ge=1)
-    """Of LeRobot datasets and HDF5 read every so many frames; windows start there. Actions are read all."""
+    """Of LeRobot datasets and HDF5: read every n-th frame, where windows start, and all actions."""
     dataset_version: Literal["v3.0", "v2.1"] = "v3.0"
     """Format of LeRobot datasets that ``export`` writes."""
     windows: Literal["seen", "all"] = "seen"

@@ -204,11 +204,11 @@ def train_until_it_fails(
 def train_without_ray(config: Config, run_dir: Path) -> dict[str, Any]:
     """The same as `train` in this process alone."""
     from learner.alone import train_alone
-    from ript_ray.policies.starting import load_starting_policy
+    from ript_ray.policies.starting import load_policy_to_train
     from ript_ray.reporting import describe_rate, write_json
     from ript_ray.runs import settings_tried
 
-    summary = train_alone(config, load_starting_policy(config), run_dir)
+    summary = train_alone(config, load_policy_to_train(config), run_dir)
     summary |= {"settings_tried": settings_tried(run_dir)}
     write_json(run_dir / "summary.json", summary)
     for name, column in summary["evaluation"].items():

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from learner.update import Step, update
-from ript_ray.config import Config, ObjectiveConfig, resolve
+from ript_ray.config import Config, ObjectiveConfig, SftConfig, resolve
 from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
 from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_policy, policy_class
 from ript_ray.policies.policy import Policy
+from ript_ray.policies.starting import check_chunk
 from ript_ray.policies.transform import Transform, check_relative
 from ript_ray.types import Batch, Trajectory, Window
 
@@ -25,7 +26,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     Returns:
         The policy and the diagnostics of the update.
     """
-    start = load_policy(resolve(config.sft.init)) if config.sft.init else None
+    start = _policy_to_go_on_with(config) if config.sft.init else None
     frame_size = config.env.image_size if start is None else start.transform.frame_size
     source = resolve(config.data.demos)
     found = read_demonstrations(source, config.env.ids[0], config.data, image_size=frame_size)
@@ -74,6 +75,19 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     objective = ObjectiveConfig(name="imitation", alpha=1.0)
     generator = torch.Generator().manual_seed(config.run.seed)
     return update(policy, steps, config.train, objective, generator, on_step)
+
+
+def _policy_to_go_on_with(config: Config) -> Policy:
+    """That of ``sft.init``, which says itself what it is and what its actions are relative to."""
+    for key in ("policy", "relative"):
+        if getattr(config.sft, key) != SftConfig.model_fields[key].default:
+            raise UserError(
+                f"sft.{key}={getattr(config.sft, key)} with sft.init={config.sft.init!r}: it is for a new policy, and "
+                "this one is what it is; leave one of them out"
+            )
+    policy = load_policy(resolve(config.sft.init or ""))
+    check_chunk(f"sft.init={config.sft.init!r}", policy, config.data)
+    return policy
 
 
 def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relative: int = 0) -> Policy:

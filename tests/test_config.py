@@ -77,6 +77,10 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
             ["objective.name=advantage_weighted", "objective.negatives=exp", "objective.fastest=0.7"],
             "a slow success would have no weight",
         ),
+        (
+            ["objective.name=nft", *_COMPARING, "objective.negatives=softplus", "objective.fastest=0.7"],
+            "a slow success would have no weight",
+        ),
         (["train.stop_at=0.9", "sampling.target_success=0.5"], "the goal would not be reached"),
         (["objective.name=flow_sde", *_COMPARING, "policy.precision=bfloat16"], "set both to float32"),
         (["objective.name=flow_sde", *_COMPARING, "train.precision=bfloat16"], "set both to float32"),
@@ -92,12 +96,12 @@ def test_objectives_that_compare_with_the_old_policy_are_accepted_with_its_own_s
     assert load_config(None, [f"objective.name={name}", *_COMPARING]).objective.name == name
 
 
-@pytest.mark.parametrize("seed", [0, 49, 499_990, 500_019])
+@pytest.mark.parametrize("seed", [0, 49, 499_990, 500_019, 500_020, 999_999])
 def test_the_exam_is_not_what_was_trained_on(seed: int) -> None:
     settings = ["env.train_placements=20", "eval.random_placement=20"]
     with pytest.raises(UserError, match=rf"eval\.seed={seed} .* set eval\.seed=1000000"):
         load_config(None, [f"eval.seed={seed}", *settings])
-    for fine in (50, 499_980, 500_020):
+    for fine in (50, 499_980, 1_000_000):
         assert load_config(None, [f"eval.seed={fine}", *settings]).eval.seed == fine
 
 

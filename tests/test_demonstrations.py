@@ -55,6 +55,7 @@ def record(run: Path, played: list[Trajectory], max_steps: int) -> None:
     settings = {"env": {"id": POINT_REACH, "train_init_states": [3, 4], "eval_init_states": [0, 3]}}
     for i, trajectory in enumerate(played):
         save_episode(run / "episodes" / f"{i:06d}.safetensors", EpisodeRecord.of(trajectory, max_steps))
+    (run / "start").mkdir()
     save_config(Config.model_validate(settings), run / "config.yaml")
 
 
@@ -96,6 +97,7 @@ def test_of_somebody_elses_demonstrations_those_of_other_tasks_are_left_out(tmp_
         return [demo.context.env_id for demo in demonstrations_to_show(config, make_policy())]
 
     assert show("libero_object/2") == ["libero_object/2"]
+    assert show("libero_object_swap/2") == ["libero_object_swap/2"]
     assert show("libero_object/2,libero_object/0") == ["libero_object/0", "libero_object/2"]
     with pytest.raises(UserError, match=r"has no demonstration of .*, but of 'pick up the alphabet soup"):
         show("libero_goal/0")
@@ -134,6 +136,9 @@ def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.C
     assert hashes[firsts].tolist() == [t.state_hashes[0] for t in played]
     assert launch.main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "holds no recorded episodes" in capsys.readouterr().err
+    record(tmp_path / "begun", besides, env.max_steps)
+    assert launch.main(["export", str(tmp_path / "begun"), str(tmp_path / "other")]) == 2
+    assert "holds no training rollouts yet" in capsys.readouterr().err
 
 
 def test_advantages_are_leave_one_out_over_the_same_start(tmp_path: Path) -> None:
@@ -159,6 +164,14 @@ def test_an_episode_that_goes_another_way_is_refused(tmp_path: Path, capsys: pyt
     assert launch.main(["export", str(tmp_path / "run"), str(tmp_path / "d")]) == 2
     assert "does not go as it was recorded" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("setting", ["sft.relative=2", "sft.policy=my:Own"])
+def test_a_policy_to_go_on_with_is_what_it_is(
+    setting: str, point_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main(["sft", f"sft.init={point_start}", setting, f"run.dir={tmp_path}"]) == 2
+    assert f"with sft.init='{point_start}': it is for a new policy" in capsys.readouterr().err
 
 
 def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:

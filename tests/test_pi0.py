@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pi0_reference as reference
@@ -32,7 +33,7 @@ from ript_ray.policies.pi0.layout import from_openpi, to_openpi
 from ript_ray.policies.pi0.policy import Pi0Config, Pi0Policy, VisionSizes
 from ript_ray.policies.pi0.prompt import PromptTokenizer, prompt_tokens
 from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of, resize_with_pad
-from ript_ray.policies.starting import load_starting_policy
+from ript_ray.policies.starting import load_policy_to_train, load_starting_policy
 from ript_ray.types import Batch, Window
 
 SENTENCES = ["pick up the alphabet soup and place it in the basket", "open the top drawer", "turn on the stove"]
@@ -240,6 +241,27 @@ def test_a_policy_sees_no_blur_and_is_asked_for_no_more_than_it_plans(
         load_starting_policy(Config.model_validate(asked))
     fitting = {"env": {"image_size": 28}, "policy": {"checkpoint": str(tmp_path), "execute": 10}}
     assert load_starting_policy(Config.model_validate(fitting)).horizon == 10
+
+
+@pytest.mark.parametrize(
+    ("horizon", "settings", "expected"),
+    [
+        (10, {"data": {"tail": "drop"}}, r"data\.tail=drop: .* would never learn the last 40 actions"),
+        (60, {}, "predicts chunks of 60; expected at most 50"),
+        (50, {"train": {"freeze": ("visoin",)}}, r"train\.freeze='visoin': the policy has no such part"),
+        (50, {"train": {"lora_rank": 2, "lora_part": "exprt"}}, "no linear layer"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused_before_anything_is_played(
+    horizon: int, settings: dict[str, dict[str, Any]], expected: str, tmp_path: Path
+) -> None:
+    save_policy(tmp_path, make_pi0(replace(make_config(), horizon=horizon)))
+    common = {"env": {"image_size": 28}, "policy": {"checkpoint": str(tmp_path)}, "data": {"tail": "pad"}}
+    with pytest.raises(UserError, match=expected):
+        load_policy_to_train(Config.model_validate(common | settings))
+    lora = {"lora_rank": 2, "lora_part": "expert", "freeze": ("vision",), "checkpoint_activations": True}
+    if horizon <= 50:
+        assert load_policy_to_train(Config.model_validate(common | {"train": lora})).horizon == horizon
 
 
 @pytest.mark.parametrize("pi05", [False, True])

@@ -98,6 +98,15 @@ def test_images_of_another_size_are_refused() -> None:
         make_policy().transform.encode_images(torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("image_size", [16, 17, 19, 25, 30, 50, 64, 90])
+def test_frames_of_any_size_and_no_words_are_understood(image_size: int) -> None:
+    policy = make_policy(image_size=image_size)
+    frames = torch.zeros(3, 2, image_size, image_size, 3, dtype=torch.uint8)
+    told = policy.encode(frames, torch.zeros(3, 8), [INSTRUCTION, "", "  "])
+    assert not torch.equal(told[0], told[1])
+    torch.testing.assert_close(policy.encode(frames[:1], torch.zeros(1, 8), [""]), told[1:2])
+
+
 def test_guidance_means_what_it_says() -> None:
     policy = make_policy()
     features, x, t = torch.randn(3, 32), torch.randn(3, 50, 7), torch.rand(3)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ript_ray.config import EnvConfig, SamplingConfig
-from ript_ray.config.job import FIRST_PLACEMENT
+from ript_ray.config.job import PLACEMENTS
 from ript_ray.types import Context, Start
 
 
@@ -45,13 +45,13 @@ _CURRICULUM_WIDTH = 0.2
 def training_starts(config: EnvConfig) -> list[Start]:
     """Where training starts: ``train_init_states`` of each task, or ``train_placements`` random placements."""
     if config.train_placements:
-        return [(env_id, None, FIRST_PLACEMENT + i) for i in range(config.train_placements) for env_id in config.ids]
+        return [(env_id, None, PLACEMENTS.start + i) for i in range(config.train_placements) for env_id in config.ids]
     return [(env_id, state, None) for state in range(*config.train_init_states) for env_id in config.ids]
 
 
 def contexts_to_choose_by(config: EnvConfig, first_seed: int, episodes: range) -> list[Context]:
     """Episodes by which policies or settings are compared: from placements that neither training nor the exam has."""
-    first, tasks = FIRST_PLACEMENT + config.train_placements, config.ids
+    first, tasks = PLACEMENTS.start + config.train_placements, config.ids
     return [start_context((tasks[i % len(tasks)], None, first + i // len(tasks)), first_seed + i) for i in episodes]
 
 

@@ -10,9 +10,9 @@ from ript_ray.config.section import Section
 
 INIT_STATES = 50
 """Official initial states of each LIBERO task; other environments number as many."""
-FIRST_PLACEMENT = 500_000
-"""Seed of the first random placement for training: far from the seeds of rollouts (2,000,000 and more) and, as they are
-by default, of evaluation (1,000,000 and more)."""
+PLACEMENTS = range(500_000, 1_000_000)
+"""Seeds of random placements for training and, after them, of those by which policies and settings are chosen. Noise
+has seeds of its own, 2,000,000 and more in rollouts."""
 
 
 class RunConfig(Section):
@@ -51,7 +51,7 @@ class EnvConfig(Section):
     """Step limit of an episode; the suite's official limit by default."""
     train_init_states: tuple[int, int] = (0, 25)
     """Initial states to learn on: first, and one past the last."""
-    train_placements: int = Field(default=0, ge=0)
+    train_placements: int = Field(default=0, ge=0, le=300_000)
     """Learn on so many random placements (objects and arm) instead, too many to be learned by heart; 0 for none."""
     eval_init_states: tuple[int, int] = (25, 50)
     """Held-out initial states for evaluation: first, and one past the last."""

@@ -81,7 +81,7 @@ class ObjectiveConfig(Section):
     and source in a file of its own; or ``module:function``, one of yours (docs/extending.md)."""
     alpha: float = Field(default=0.1, ge=0.0)
     """Weight of the unconditional branch (``cfg``, ``imitation``, ``advantage_weighted``)."""
-    dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """How often ``label_dropout`` leaves the condition out."""
     beta: float = Field(default=1.0, gt=0.0)
     """β of ``nft``: how far the reflected velocities lie from the old one."""

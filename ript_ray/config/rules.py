@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ript_ray.config.job import FIRST_PLACEMENT, INIT_STATES
+from ript_ray.config.job import INIT_STATES, PLACEMENTS
 from ript_ray.config.learning import ObjectiveConfig
 
 if TYPE_CHECKING:
@@ -39,12 +39,11 @@ def _states(config: Config) -> None:
         )
 
     seeds = range(config.eval.seed, config.eval.seed + config.eval.random_placement)
-    trained = range(FIRST_PLACEMENT, FIRST_PLACEMENT + config.env.train_placements)
-    if seeds and (seeds.start < INIT_STATES or max(seeds.start, trained.start) < min(seeds.stop, trained.stop)):
+    if seeds and (seeds.start < INIT_STATES or (seeds.start < PLACEMENTS.stop and PLACEMENTS.start < seeds.stop)):
         raise ValueError(
-            f"eval.seed={config.eval.seed} with eval.random_placement={config.eval.random_placement}, "
-            f"env.train_placements={config.env.train_placements}: these seeds are initial states (0 to "
-            f"{INIT_STATES - 1}) or the placements of training (from {FIRST_PLACEMENT}); set eval.seed=1000000"
+            f"eval.seed={config.eval.seed} with eval.random_placement={config.eval.random_placement}: these seeds are "
+            f"initial states (0 to {INIT_STATES - 1}) or placements of training and of what is chosen by "
+            f"({PLACEMENTS.start} to {PLACEMENTS.stop - 1}); set eval.seed={PLACEMENTS.stop}"
         )
 
 
@@ -165,7 +164,7 @@ def _weights(config: Config) -> None:
             "loss of single samples; choose another of objective.negatives"
         )
     soft = ("exp", "softplus", "clamp", "abs")
-    if objective.name == "advantage_weighted" and objective.fastest < 1.0 and objective.negatives in soft:
+    if objective.fastest < 1.0 and objective.negatives in soft:
         raise ValueError(
             f"objective.fastest={objective.fastest:g} with objective.negatives={objective.negatives}: a slow "
             "success would have no weight, and a failure some; set objective.fastest=1, or "

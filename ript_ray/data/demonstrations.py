@@ -22,7 +22,7 @@ from ript_ray.data.lerobot.write import write_dataset
 from ript_ray.data.shards import starts_seen
 from ript_ray.data.storage import load_episode, load_trajectories
 from ript_ray.envs import World, find_task, make
-from ript_ray.envs.tasks import MAX_STEPS, task_called
+from ript_ray.envs.tasks import MAX_STEPS, SHIFTED, task_called
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import write_json
@@ -95,7 +95,8 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
 
 def _of_these_tasks(demos: Iterable[Trajectory], ids: Sequence[str], key: str) -> Iterator[Trajectory]:
     """Those with the instruction of one of these tasks, and with its name; all, where the tasks are not LIBERO's."""
-    known = {find_task(name).instruction.lower(): name for name in ids if name.partition("/")[0] in MAX_STEPS}
+    suites = MAX_STEPS.keys() | SHIFTED.keys()
+    known = {find_task(name).instruction.lower(): name for name in ids if name.partition("/")[0] in suites}
     if not known:
         yield from demos
         return
@@ -178,9 +179,11 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:
     if not files:
         raise UserError(f"{run_dir} holds no recorded episodes; expected the directory of a run of train or eval")
     records = {file: load_episode(file)[0] for file in files}
-    starts = set(training_starts(load_config(run_dir / "config.yaml", []).env))
-    if learnt_from := {file: record for file, record in records.items() if record.context.start in starts}:
-        records = learnt_from  # else it is a run of eval
+    if (run_dir / "start").exists():  # it is a run of train
+        starts = set(training_starts(load_config(run_dir / "config.yaml", []).env))
+        records = {file: record for file, record in records.items() if record.context.start in starts}
+        if not records:
+            raise UserError(f"{run_dir} holds no training rollouts yet; go on: train --resume {run_dir}")
     groups: dict[tuple[Start, int], list[float]] = {}
     for record in records.values():
         groups.setdefault((record.context.start, record.policy_version), []).append(float(record.success))

@@ -131,7 +131,7 @@ class _CameraEncoder(nn.Module):
 
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
-        cells = (-(-image_size // 8)) ** 2
+        cells = (-(-(image_size // 4) // 2)) ** 2
         self.layers = nn.Sequential(
             nn.Conv2d(3, channels, 8, stride=4, padding=2),
             nn.ReLU(),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ript_ray.config import Config, resolve
+from ript_ray.config import Config, DataConfig, resolve
+from ript_ray.data.windows import HORIZON
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import load_policy, save_policy
+from ript_ray.policies.adapt import add_lora, freeze
+from ript_ray.policies.checkpoints import empty_policy, load_policy, save_policy
 from ript_ray.policies.policy import Policy
 
 
@@ -14,10 +16,38 @@ def keep_starting_policy(config: Config, run_dir: Path) -> Policy:
     """The policy that a run begins with, of which it keeps a copy: the checkpoint may be another when it goes on."""
     kept = run_dir / "start"
     if kept.exists() and (run_dir / "journal.jsonl").exists():  # else it is of a run that never began
-        return load_starting_policy(config, kept)
-    policy = load_starting_policy(config)
+        return load_policy_to_train(config, kept)
+    policy = load_policy_to_train(config)
     save_policy(kept, policy)
     return policy
+
+
+def load_policy_to_train(config: Config, folder: Path | None = None) -> Policy:
+    """`load_starting_policy`, of one that can be trained as the settings say."""
+    policy = load_starting_policy(config, folder)
+    check_chunk(f"policy.checkpoint={config.policy.checkpoint!r}", policy, config.data)
+    trial = empty_policy(policy.describe())
+    freeze(trial, config.train.freeze)
+    if config.train.lora_rank:
+        add_lora(trial, config.train.lora_rank, config.train.lora_part)
+    if config.train.checkpoint_activations:
+        trial.checkpoint_activations()
+    return policy
+
+
+def check_chunk(what: str, policy: Policy, data: DataConfig) -> None:
+    """Can the policy learn all of an episode from windows of 50 actions?
+
+    Raises:
+        UserError: when it predicts more, or so few that it would never be shown the last actions.
+    """
+    if policy.horizon > HORIZON:
+        raise UserError(f"{what} predicts chunks of {policy.horizon}; expected at most {HORIZON}, the size of a window")
+    if policy.horizon < HORIZON and data.tail == "drop":
+        raise UserError(
+            f"data.tail=drop: {what} predicts chunks of {policy.horizon}, and would never learn the last "
+            f"{HORIZON - policy.horizon} actions of an episode; set data.tail=pad"
+        )
 
 
 def load_starting_policy(config: Config, folder: Path | None = None) -> Policy:

@@ -225,7 +225,7 @@ class Transform(Normalisation):
     def encode_instructions(self, instructions: list[str]) -> torch.Tensor:
         """Words hashed to buckets, padded with −1: int64[B, longest]."""
         rows = [[_bucket(word, self.vocabulary) for word in text.lower().split()] for text in instructions]
-        longest = max(map(len, rows))
+        longest = max(1, *map(len, rows))  # an instruction may be empty
         return torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
 
 

@@ -105,7 +105,7 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
                     ) from error
                 survived.append(f"all processes were started again: {reason}")
                 print(f"\n{reason}; starting again from what is on disk", file=sys.stderr)
-                time.sleep(2.0**restarts)
+                time.sleep(min(60.0, 2.0**restarts))
 
 
 def train_until_it_fails(
@@ -362,7 +362,7 @@ def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[An
     from ript_ray.policies.checkpoints import to_publish
 
     store = spawn(WeightStore, name="WeightStore")
-    publish(store, version, *to_publish(policy, config.policy.precision))
+    publish(store, version, *to_publish(policy, config.policy.precision), config.scaling.wait_timeout_s)
     return store, *start_actors(RolloutActor, config.scaling, config, policy.describe(), "WeightStore")
 
 

@@ -10,7 +10,7 @@ import ray
 from actors.progress import CHOOSING
 from actors.weights import publish
 from ript_ray.algos.sampling import contexts_to_choose_by
-from ript_ray.choosing import candidates, choose_update
+from ript_ray.choosing import choose_update
 from ript_ray.config import Config
 from ript_ray.policies.checkpoints import copy_policy, load_policy, to_publish
 from ript_ray.runs import policy_folder
@@ -47,8 +47,7 @@ def choose_policy(config: Config, coordinator: Any, store: Any, run_dir: Path) -
         played: list[bool | None] = ray.get(coordinator.play.remote(CHOOSING, contexts, config.eval.guidance))
         return played
 
-    settled = ray.get(coordinator.candidates.remote(last), timeout=limit)
-    compared = candidates(last, settled, len(settled), run_dir / "checkpoints")  # it may be long ago
+    compared = ray.get(coordinator.candidates.remote(last), timeout=limit)
     chosen = choose_update(compared, play, config.eval.halving_episodes)
     act_as(chosen["update"])
     copy_policy(policy_folder(run_dir, acting), run_dir / "final")

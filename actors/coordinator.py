@@ -86,7 +86,7 @@ class Coordinator:
         self._pool = pool
         self._store = store
         self._journal = Journal(run_dir)
-        self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent)
+        self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent, self._newest_version)
         busy = -(-(len(actors) + len(absent)) // config.sampling.group_size)
         self._busy_groups: int = self._journal.settle("busy_groups", busy)
         """That keep every actor busy. Which groups there are depends on it, so a wider session does not change it."""
@@ -120,7 +120,7 @@ class Coordinator:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
         dispatcher = self._next_dispatcher()
-        self._version, _ = self._ask(self._store.newest_version.remote())
+        self._version = self._newest_version()
         for step in range(config.train.updates):
             if not self._asynchronous:
                 self._progress.enter("waiting for weights", 0)
@@ -238,13 +238,25 @@ class Coordinator:
             return best_in_rollouts(self._by_version)
 
     def candidates(self, last: int) -> list[int]:
-        """Updates whose policies are compared at the end, ``last`` among them; after a resume the same."""
+        """Updates whose policies are compared at the end, ``last`` among them; after a resume the same.
+
+        Raises:
+            UserError: when one that has played cannot be read any more: whose outcomes are whose would be lost.
+        """
         if self._journal.run_dir is None:
             return [last]
         folder = self._journal.run_dir / "checkpoints"
         found = candidates(last, self.best_updates(), self._config.train.candidates, folder)
         settled: list[int] = self._journal.settle("candidates", found)
-        return settled
+        whole = candidates(last, settled, len(settled), folder)  # it may be long ago
+        if lost := sorted({*settled} - {*whole}):
+            if self._journal.replaying:
+                raise UserError(
+                    f"{folder}: the policies of the updates {lost} were being compared with others and cannot be read "
+                    f"any more; put them back, or take {folder / f'{last:04d}'} as the result"
+                )
+            self._journal.settle("candidates", whole, anew=True)
+        return whole
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """Progress of the learner, which calls this."""
@@ -265,7 +277,8 @@ class Coordinator:
     def _next_dispatcher(self) -> Dispatcher:
         """For the next stage, with the actors that are there now."""
         last = self._dispatcher
-        self._dispatcher = Dispatcher(last.there, self._config.scaling, self._journal, last.absent)
+        scaling, newest = self._config.scaling, self._newest_version
+        self._dispatcher = Dispatcher(last.there, scaling, self._journal, last.absent, newest)
         return self._dispatcher
 
     def _collect(self, step: int, dispatcher: Dispatcher) -> bool:
@@ -297,9 +310,7 @@ class Coordinator:
         if not self._asynchronous or last:
             dispatcher.cancel(set(now.groups))
             for outcomes in now.finished.values():
-                self._totals.surplus += len(outcomes)
-                for outcome in outcomes:
-                    self._files.forget(outcome.episode.number)
+                self._drop(outcomes)
         errors = dispatcher.errors[errors_before:]
         self._totals.rollout_s += seconds
         self._totals.ended_by[ended_by] += 1
@@ -352,7 +363,7 @@ class Coordinator:
         """Are the weights there that no rollout for this step may be older than?"""
         oldest = step - self._config.train.lead
         if self._version < oldest:
-            self._version, _ = self._ask(self._store.newest_version.remote())
+            self._version = self._newest_version()
         return self._version >= oldest
 
     def _take(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> None:
@@ -361,8 +372,7 @@ class Coordinator:
         self._note(outcome.report)
         self._files.forget_stale(self._version)
         if outcome.episode.tag not in now.groups:
-            self._totals.surplus += 1
-            self._files.forget(outcome.episode.number)
+            self._drop([outcome])
             return
         if outcome.reference is not None:
             with self._lock:
@@ -413,10 +423,17 @@ class Coordinator:
     def _give_up(self, outcome: Outcome, now: Collection, dispatcher: Dispatcher) -> int:
         """Set an environment aside that fails again and again, and discard its open groups; how many there were."""
         self._set_aside(outcome, dispatcher)
-        gone = [group_id for group_id, group in now.groups.items() if self._sampler.is_aside(group.contexts[0])]
+        gone = {group_id for group_id, group in now.groups.items() if self._sampler.is_aside(group.contexts[0])}
         for group_id in gone:
-            del now.groups[group_id], now.finished[group_id]
+            del now.groups[group_id]
+            self._drop(now.finished.pop(group_id))
         return len(gone)
+
+    def _drop(self, outcomes: Sequence[Outcome]) -> None:
+        """Of groups that are no longer wanted."""
+        self._totals.surplus += len(outcomes)
+        for outcome in outcomes:
+            self._files.forget(outcome.episode.number)
 
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
         context = outcome.episode.context
@@ -431,6 +448,11 @@ class Coordinator:
                     f"Coordinator waited {limit:.0f} s for weights version {version}, and the learner did nothing; see "
                     "its log, or raise scaling.wait_timeout_s"
                 )
+
+    def _newest_version(self) -> int:
+        """Of the weights that are published."""
+        version, _ = self._ask(self._store.newest_version.remote())
+        return int(version)
 
     def _ask(self, reference: Any) -> Any:
         return ray.get(reference, timeout=self._config.scaling.wait_timeout_s + 10.0)

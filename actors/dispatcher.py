@@ -71,14 +71,22 @@ class Dispatcher:
         scaling: its ``episode_timeout_s`` limits one episode, its ``wait_timeout_s`` the wait for lost actors when none
             is left.
         journal: where outcomes are noted before they are handed on; none by default.
+        newest: tells the version of the newest weights. An episode that is on the disk, but not in the journal, and was
+            played by newer ones is not taken: their checkpoint was given up.
     """
 
     def __init__(
-        self, actors: Iterable[Any], scaling: ScalingConfig, journal: Journal | None = None, absent: Iterable[Any] = ()
+        self,
+        actors: Iterable[Any],
+        scaling: ScalingConfig,
+        journal: Journal | None = None,
+        absent: Iterable[Any] = (),
+        newest: Callable[[], int] | None = None,
     ) -> None:
         self.there = list(actors)
         """Actors that play, render, or have nothing to do."""
         self._journal = journal or Journal(None)
+        self._newest = newest
         folder = self._journal.run_dir
         self._home = Home.here(folder, scaling.wait_timeout_s) if folder is not None else None
         self._idle = deque(self.there)
@@ -292,6 +300,8 @@ class Dispatcher:
         except UserError:
             return False
         if trajectory.context != episode.context:
+            return False
+        if self._newest is not None and trajectory.policy_version > self._newest():
             return False
         self._finished.append(Outcome(episode, EpisodeReport.of(trajectory)))
         return True

@@ -66,10 +66,9 @@ class EpisodeFiles:
                 log.exception("%s was left as it is", file)
 
     def forget_stale(self, version: int) -> None:
-        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come.
-
-        Those of earlier sessions were forgotten then.
-        """
+        """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come."""
+        if self._journal.replaying:  # earlier sessions need not have come to all of them
+            return
         oldest = version - self._max_staleness - _SPARE_VERSIONS
         for _ in range(2):
             if self._accepted and self._accepted[0][0] < oldest:

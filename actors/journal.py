@@ -85,9 +85,11 @@ class Journal:
         """The number of the episode whose outcome is next among what is left of earlier sessions, if one is."""
         return self._past[0].get("number") if self._past else None
 
-    def settle(self, name: str, value: Any) -> Any:
-        """Something that must not change while the run lasts: ``value``, or what an earlier session had."""
-        if name not in self._settled:
+    def settle(self, name: str, value: Any, anew: bool = False) -> Any:
+        """Something that must not change while the run lasts: ``value``, or, unless it is settled ``anew``, what an
+        earlier session had.
+        """
+        if anew or name not in self._settled:
             self._settled[name] = value
             self._write("settled", name=name, value=value)
         return self._settled[name]

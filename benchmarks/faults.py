@@ -23,7 +23,6 @@ from actors.journal import journal_holds, work_done
 from benchmarks.job import Job, new_folder, processes, with_start
 from benchmarks.nodes import Nodes
 from ript_ray.config import Config
-from ript_ray.errors import UserError
 from ript_ray.reporting import write_json
 
 _MAX_RESUMES = 3
@@ -127,11 +126,8 @@ def measure(config: Config) -> dict[str, Any]:
     """
     folder = new_folder(config, "faults")
     config = with_start(config, folder)
-    undisturbed = Job(config, folder / "undisturbed")
-    undisturbed.wait(undisturbed.has_ended)
-    if undisturbed.result is None:
-        raise UserError(f"the job fails without any fault; see {undisturbed.folder / 'run.log'}")
-    session = _Session(folder, undisturbed.result["weights_sha256"], random.Random(config.run.seed))
+    undisturbed = Job(config, folder / "undisturbed").finish(config.bench.job_timeout_s)
+    session = _Session(folder, undisturbed["weights_sha256"], random.Random(config.run.seed))
     kinds = [*FAULTS, *CLUSTER_FAULTS]
     names = [kinds[i % len(kinds)] for i in range(config.bench.injections)]
     session.run(config, [name for name in names if name in FAULTS])
@@ -172,12 +168,14 @@ class _Session:
                     resumed += 1
                     job.resume()
                 elif not remaining:
-                    if not job.wait(job.has_ended):
+                    if not job.wait(job.has_ended, config.bench.job_timeout_s):
                         break  # it hangs
                 elif (injection := _inject(job, remaining[0], self._rng, nodes)) is not None:
                     self._injections.append(injection)
                     remaining.popleft()
                     write_json(self._folder / "faults.json", self.result())
+                    if not injection.recovered:
+                        break  # it hangs, or one command did not do
             self._same.append(job.result is not None and job.result["weights_sha256"] == self._expected)
             job.stop()
             write_json(self._folder / "faults.json", self.result())

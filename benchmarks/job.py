@@ -78,7 +78,11 @@ class Job:
         """End it if it has not ended."""
         if not self.has_ended():
             self._process.terminate()
-            self._process.wait(timeout=TIMEOUT_S)
+            try:
+                self._process.wait(timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def has_ended(self) -> bool:
         """Has the driver ended, one way or the other?"""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.storage import restore
 from cluster.submit import check_run_dir
-from ript_ray.config import Config, save_config
+from ript_ray.config import LEARNING, Config, save_config
 from ript_ray.errors import UserError
 from ript_ray.reporting import make_folder
 from ript_ray.runs import Run
@@ -75,7 +75,7 @@ def run_to_go_on_with(config: Config) -> Run | None:
         print(f"{run_dir}: goes on from {config.run.storage}")
     run = Run.load(run_dir)
     changed = run.changed_by(config)
-    other = [key for key in changed if key == "run.seed" or key.partition(".")[0] not in ("run", "scaling")]
+    other = [key for key in changed if key == "run.seed" or key.partition(".")[0] in LEARNING]
     if other:
         raise UserError(
             f"run.resume=true: the run in run.dir={str(run_dir)!r} has another {', '.join(other)}; give the same "

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -49,6 +49,18 @@ class Workers:
             return 0
         by_gpus = int(node.gpus / self.gpus + 1e-9) if self.gpus else self.count
         return min(self.count, int(node.cpus / self.cpus + 1e-9), by_gpus)
+
+    def spread_over(self, nodes: Sequence[Node]) -> list[Node]:
+        """What is left of empty nodes once the workers were dealt to them in turn, as far as there is room."""
+        rooms = [self.fit_on(node) for node in nodes]
+        taken = [0] * len(nodes)
+        for _ in range(min(self.count, sum(rooms))):
+            least = min((i for i, room in enumerate(rooms) if taken[i] < room), key=lambda i: taken[i])
+            taken[least] += 1
+        return [
+            replace(node, cpus=node.cpus - n * self.cpus, gpus=node.gpus - n * self.gpus)
+            for node, n in zip(nodes, taken, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,20 @@ class ResourcePlan:
                     f"scaling.{workers.kind}={workers.count}: {fit} fit on the {len(nodes)} nodes{where}, each taking "
                     f"{share} of one node; lower scaling.{workers.kind}, scaling.{one}_cpus or scaling.{one}_gpus, or "
                     "see what the nodes have: ray list nodes --detail"
+                )
+        self._check_room_for_learners(nodes)
+
+    def _check_room_for_learners(self, nodes: Sequence[Node]) -> None:
+        """Actors start first, and Ray deals them to the nodes in turn: do learners find room in what is left?"""
+        actors, *others = self.workers
+        left = actors.spread_over(nodes)
+        for learners in others:
+            fit = sum(learners.fit_on(node) for node in left)
+            if fit < learners.count:
+                raise UserError(
+                    f"scaling.learners={learners.count}: {fit} find room once {actors.count} rollout actors are spread "
+                    f"over the {len(nodes)} nodes; keep them apart by scaling.actor_labels={{role: rollout}} "
+                    "scaling.learner_labels={role: learner} (ray start --labels role=...), or lower scaling.actors"
                 )
 
 

@@ -20,6 +20,7 @@ from ript_ray.errors import UserError
 log = logging.getLogger("ript_ray")
 
 _JOURNAL = "journal.jsonl"
+_ROWS = "metrics.jsonl"
 _NOT_KEPT = ("learners", "mlflow-artifacts")
 """Folders that a run does not go on from."""
 _LAST = "policy.json"
@@ -97,20 +98,22 @@ class Storage:
                     print(f"run.storage={self._url!r}: {error}; {self._run_dir} is complete", file=sys.stderr)
 
     def _save(self) -> None:
-        journal = self._run_dir / _JOURNAL
-        seen = journal.read_bytes() if journal.exists() else b""
+        # Read before anything is copied, and rows before the journal, which has what they tell of: copies must not
+        # speak of what is not there, and would come to be otherwise when the run goes on from them.
+        lines = {name: _whole_lines(self._run_dir / name) for name in (_ROWS, _JOURNAL)}
         # What an average was made of comes before it: the run goes on from both.
         for file in sorted(self._run_dir.rglob("*"), key=lambda file: ("unaveraged" not in str(file), file)):
             inside = file.relative_to(self._run_dir).parts
-            if file == journal or inside[0] in _NOT_KEPT or any(part.startswith(".") for part in inside):
+            if inside[0] in {*_NOT_KEPT, *lines} or any(part.startswith(".") for part in inside):
                 continue
             with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
                 if file.is_file() and self._known.get(file) != _stamp(file):
                     self._copy(file)
-        if self._keep is not None:
+        for name, whole in lines.items():
+            if whole:
+                self._write(name, BytesIO(whole))
+        if self._keep is not None:  # last: the journal knows the newest that are left
             self._prune(self._keep)
-        if whole := seen[: seen.rfind(b"\n") + 1]:
-            self._write(_JOURNAL, BytesIO(whole))
 
     def _prune(self, keep: int) -> None:
         """Of the checkpoints that are there leave the newest ``keep`` whole ones, what is newer than the last, and what
@@ -216,6 +219,11 @@ def _explained(url: str) -> Iterator[None]:
             f"run.storage={url!r}: {str(error).splitlines()[0]}; expected a folder that can be written: a path, or "
             "a URL such as s3://bucket/run, with the credentials that its service looks for"
         ) from error
+
+
+def _whole_lines(file: Path) -> bytes:
+    text = file.read_bytes() if file.exists() else b""
+    return text[: text.rfind(b"\n") + 1]
 
 
 def _stamp(file: Path) -> tuple[int, int]:

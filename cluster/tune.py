@@ -21,7 +21,7 @@ from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler
 
 from cluster.session import ResourcePlan, ray_session
-from ript_ray.config import Config, known_keys, load_config
+from ript_ray.config import LEARNING, Config, known_keys, load_config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError, nearest
 from ript_ray.runs import rollout_success
@@ -79,7 +79,7 @@ def search(
                     mode="max",
                     num_samples=1 if _is_grid(config) else config.tune.trials,
                     max_concurrent_trials=config.tune.parallel,
-                    scheduler=ASHAScheduler(time_attr="update", grace_period=1, max_t=config.train.updates + 1),
+                    scheduler=ASHAScheduler(time_attr="update", grace_period=1, max_t=most_updates(config) + 1),
                 ),
                 run_config=ray_tune.RunConfig(name="search", storage_path=str(storage), verbose=1),
             )
@@ -94,13 +94,19 @@ def search(
     return {"best": trials[0], "trials": trials}
 
 
+def most_updates(config: Config) -> int:
+    """Of any trial: one that has done as many is at its end."""
+    searched = config.tune.search.get("train.updates", [config.train.updates])
+    return int(searched["high"] if isinstance(searched, dict) else max(searched))
+
+
 def _same_search(file: Path, begun: bool, config: Config, jobs: Config) -> None:
     """Note what is searched, or compare it with what the search began with: Tune would go on with that unasked.
 
     Raises:
         UserError: when it is another search.
     """
-    parts = jobs.model_dump(mode="json", exclude={"run", "scaling", "tune"})
+    parts = jobs.model_dump(mode="json", include=set(LEARNING))
     own = {"tune.search": config.tune.search, "tune.trials": config.tune.trials, "run.seed": jobs.run.seed}
     asked = json.loads(json.dumps(parts | own))
     if not begun or not file.exists():

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ript_ray.config import Config, load_config
+from ript_ray.config import LEARNING, Config, load_config
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
 from ript_ray.evaluation import wilson_interval
@@ -131,7 +131,7 @@ def policy_that_played(episode: Path, version: int) -> Path | None:
 def _what_was_tried(file: Path) -> dict[str, Any]:
     # As it stands there: a run of an earlier version may have keys that are no more.
     settings = yaml.safe_load(file.read_text())
-    tried = {name: settings[name] for name in ("env", "policy", "eval", "sampling", "data", "objective", "train")}
+    tried = {name: settings[name] for name in LEARNING}
     if "id" not in tried["env"]:
         raise LookupError("env.id")
     return tried

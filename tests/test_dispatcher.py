@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import ray
-from conftest import make_trajectory
+from conftest import make_policy, make_trajectory
 
+from actors.coordinator import Coordinator
 from actors.dispatcher import Dispatcher, Episode
 from actors.journal import Journal, read_journal
-from ript_ray.config import ScalingConfig
+from ript_ray.config import Config, ScalingConfig
 from ript_ray.data.storage import save_episode
+from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import save_policy
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, Trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -129,6 +132,52 @@ def test_what_an_actor_wrote_down_before_it_died_is_not_played_again(tmp_path: P
     assert outcome.report.context == FINE
     assert len(dispatcher.errors) == 1
     assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_what_weights_played_that_were_given_up_is_played_again(tmp_path: Path) -> None:
+    trajectory = make_trajectory(20, version=3)
+    trajectory.context = FINE
+    (tmp_path / "episodes").mkdir()
+    save_episode(tmp_path / "episodes/000000.safetensors", EpisodeRecord.of(trajectory, 60), trajectory)
+    player = Player.remote()
+    for newest in (2, 3):
+        journal = Journal(tmp_path)
+        dispatcher = Dispatcher([player], ScalingConfig(), journal, newest=lambda newest=newest: newest)
+        dispatcher.submit(Episode(-1, FINE, guidance=1.0))
+        if newest == 2:
+            del journal, dispatcher
+    assert [entry["kind"] for entry in read_journal(tmp_path)] == ["session", "began", "session"]
+    outcome = dispatcher.next()
+    assert outcome is not None
+    assert outcome.report is not None
+    assert outcome.report.policy_version == 3
+    ray.kill(player)
+
+
+def test_policies_that_have_played_to_be_compared_must_be_there(tmp_path: Path) -> None:
+    save_policy(tmp_path / "checkpoints/0002", make_policy())
+    journal = Journal(tmp_path)
+    journal.settle("candidates", [1, 2])  # and then the first was damaged
+    del journal
+
+    def asked() -> list[int]:
+        coordinator = Coordinator.remote(Config(), [], None, None, tmp_path)
+        try:
+            return ray.get(coordinator.candidates.remote(2), timeout=60)
+        finally:
+            ray.kill(coordinator)
+
+    assert asked() == [2]  # nobody had played
+    journal = Journal(tmp_path)
+    assert journal.settle("candidates", [1, 2]) == [2]
+    journal.played(0, report(FINE))
+    del journal
+    assert asked() == [2]  # the same as then
+    journal = Journal(tmp_path)
+    journal.settle("candidates", [1, 2], anew=True)
+    del journal
+    with pytest.raises(UserError, match=r"policies of the updates \[1\] were being compared"):
+        asked()
 
 
 def test_a_journal_knows_what_was_begun_in_earlier_sessions(tmp_path: Path) -> None:

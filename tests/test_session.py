@@ -38,6 +38,10 @@ def fits(**settings: object) -> bool:
         ({"actors": 4, "actor_cpus": 1, "actor_labels": {"role": "!learner"}}, False),
         ({"actors": 4, "actor_gpus": 0.25}, True),
         ({"actors": 5, "actor_gpus": 0.25}, False),
+        ({"actors": 4, "actor_cpus": 1, "learners": 1, "learner_cpus": 2}, False),  # one CPU is left on each
+        ({"actors": 3, "actor_cpus": 1, "learners": 1, "learner_cpus": 2}, True),
+        ({"actors": 5, "actor_cpus": 0.5, "learners": 1, "learner_cpus": 2}, True),
+        ({"actors": 1, "actor_cpus": 3, "learners": 1, "learner_cpus": 3}, True),
         ({"learners": 2, "learner_cpus": 2, "learner_labels": {"role": "learner"}}, False),
         ({"learners": 0, "learner_cpus": 2, "learner_labels": {"role": "nobody"}}, True),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import restore, stored
+from cluster.storage import Storage, restore, stored
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 
@@ -24,6 +24,7 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     (run / "learners/0").mkdir(parents=True)
     (run / "config.yaml").write_text("run: {}\n")
     (run / "checkpoints/0001/model.safetensors").write_bytes(bytes(1000))
+    (run / "metrics.jsonl").write_text('{"update": 1}\n{"upd')
     (run / ".metrics.jsonl.partial").write_text("{}")
     (run / "learners/0/state").write_text("of Ray Train")
     assert not restore(url, back)
@@ -31,6 +32,7 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
         (run / "journal.jsonl").write_text('{"kind": "session"}\n{"kind": "pla')
         storage({})
     (run / "journal.jsonl").write_text('{"kind": "session"}\n')
+    (run / "metrics.jsonl").write_text('{"update": 1}\n')
     kept = {name: content for name, content in files_of(run).items() if not name.startswith((".", "learners"))}
     assert files_of(place) == kept
     assert restore(url, back)
@@ -98,6 +100,23 @@ def test_older_checkpoints_go_when_newer_ones_are_there(tmp_path: Path) -> None:
     with stored(str(place), run, 2):  # the run itself keeps 2, which did best
         pass
     assert checkpoints() == {"0002", "0003", "0004"}
+
+
+def test_a_place_that_lets_nothing_go_takes_the_journal_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, place = tmp_path / "run", tmp_path / "place"
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("delete_dir: access denied")
+
+    monkeypatch.setattr(Storage, "_prune", refuse)
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    (run / "journal.jsonl").write_text('{"kind": "session"}\n')
+    with stored(str(place), run, 2):
+        pass
+    assert files_of(place) == files_of(run)
 
 
 def test_a_restore_that_is_interrupted_is_not_taken_for_whole(tmp_path: Path) -> None:

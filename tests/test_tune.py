@@ -12,7 +12,22 @@ from pathlib import Path
 import pytest
 from test_resume import SETTINGS
 
+from cluster.tune import most_updates
+from ript_ray.config import Config
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({"train.lr": [1e-4]}, 3),
+        ({"train.updates": [8, 2]}, 8),
+        ({"train.updates": {"low": 1, "high": 5}}, 5),
+    ],
+)
+def test_no_trial_is_cut_before_its_last_update(search: dict[str, object], expected: int) -> None:
+    assert most_updates(Config.model_validate({"train": {"updates": 3}, "tune": {"search": search}})) == expected
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from ript_ray.errors import UserError, nearest
 
 __all__ = [
     "INIT_STATES",
+    "LEARNING",
     "OBJECTIVE_NAMES",
     "BenchConfig",
     "Config",
@@ -40,6 +41,10 @@ __all__ = [
     "resolve",
     "save_config",
 ]
+
+LEARNING = ("env", "policy", "eval", "sampling", "data", "objective", "train")
+"""Sections that, with ``run.seed``, decide what a run does; the others say where and how wide it runs, or are for other
+commands."""
 
 
 class Config(Section):

@@ -113,6 +113,9 @@ def train_until_it_fails(
 ) -> dict[str, Any]:
     """One session of `train`, from what is in the run directory to the summary.
 
+    It starts what takes part and waits. The two loops are `Coordinator.run`, which collects, and
+    `learner.loop.train_loop`, which learns and publishes; `learner/alone.py` has both as one.
+
     Args:
         config: the whole configuration.
         run_dir: of the run, new or not.
@@ -122,8 +125,8 @@ def train_until_it_fails(
     """
     import ray
 
-    from actors.choosing import choose_policy
     from actors.coordinator import Coordinator
+    from actors.final_policy import choose_policy
     from actors.home import Home
     from actors.journal import journal_holds
     from actors.pool import SamplePool

@@ -89,7 +89,9 @@ class Coordinator:
         self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent, self._newest_version)
         busy = -(-(len(actors) + len(absent)) // config.sampling.group_size)
         self._busy_groups: int = self._journal.settle("busy_groups", busy)
-        """That keep every actor busy. Which groups there are depends on it, so a wider session does not change it."""
+        """Number of groups that keep every actor busy. Which groups there are depends on it, so a wider session does not
+        change it.
+        """
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._asynchronous = config.train.mode == "async"
         self._version = 0
@@ -130,7 +132,7 @@ class Coordinator:
                 self._ask(self._pool.finish.remote(step))
                 break
             jobs = self._ask(self._pool.seal.remote(step))
-            if self._ask(self._store.newest.remote(step)) is not None:  # learnt in an earlier session
+            if self._ask(self._store.newer_than.remote(step)) is not None:  # learnt in an earlier session
                 self._ask(self._pool.skip.remote(step))
             elif jobs:
                 # The learner may start: frames come in the order in which it needs them.
@@ -293,9 +295,7 @@ class Coordinator:
         if self._asynchronous:
             now.groups, now.finished, now.opened = self._open, self._rollouts, len(self._open)
             self._judge_complete(now, dispatcher)
-        errors_before = len(dispatcher.errors)
-        worked_before = dict(self._totals.seconds)
-        waited_before, episodes_before = self._totals.weights_wait_s, self._totals.episodes
+        before, errors_before = self._totals.copy(), len(dispatcher.errors)
         while (ended := self._ended(now)) is None:
             self._refill(now, dispatcher)
             outcome = dispatcher.next()
@@ -315,12 +315,13 @@ class Coordinator:
         self._totals.rollout_s += seconds
         self._totals.ended_by[ended_by] += 1
         self._totals.errors += errors
-        row = now.metrics(seconds) | {"rollout/skipped_states": self._sampler.skipped, "rollout/errors": len(errors)}
-        row |= {f"rollout/{part}_s": s - worked_before[part] for part, s in self._totals.seconds.items()}
-        episodes = self._totals.episodes - episodes_before
         learners_lost = sum(_LEARNERS_LOST in error for error in self._totals.errors)
-        row["rollout/restarts"] = self._journal.sessions - 1 + learners_lost
-        row["rollout/weights_wait_s"] = (self._totals.weights_wait_s - waited_before) / max(1, episodes)
+        row = now.metrics(seconds) | self._totals.since(before)
+        row |= {
+            "rollout/skipped_states": self._sampler.skipped,
+            "rollout/errors": len(errors),
+            "rollout/restarts": self._journal.sessions - 1 + learners_lost,
+        }
         self.log({"update": step + 1} | row)
         goal = self._config.train.stop_at
         return goal is not None and row["rollout/success_low"] >= goal

@@ -68,7 +68,7 @@ class SamplePool:
         self._rendered: dict[tuple[int, int], FrameBatch] = {}
         """Frames made for training, by trajectory and step; kept as long as the trajectory."""
         self._counted: set[tuple[int, int]] = set()
-        """Of which frames for training were counted."""
+        """Frames for training that were counted, by trajectory and step."""
         self._end: int | None = None
         """The first step that there will not be, once that is known."""
         self._newly_sealed = asyncio.Condition()

@@ -126,7 +126,7 @@ class RolloutActor:
 
     def demonstrate(self, context: Context) -> Trajectory:
         """One demonstration by the scripted expert."""
-        from ript_ray.data.demos import demonstrate
+        from ript_ray.data.demonstrator import demonstrate
 
         return demonstrate(self._enter(context.env_id), context, self._config.demos)
 

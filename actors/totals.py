@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,17 @@ class Totals:
         self.longest_weights_wait_s = max(self.longest_weights_wait_s, report.weights_wait_s)
         for name, value in report.seconds.items():
             self.seconds[name] += value
+
+    def copy(self) -> Totals:
+        """As they are now."""
+        return copy.deepcopy(self)
+
+    def since(self, before: Totals) -> dict[str, float]:
+        """Seconds of all actors' work, and the mean wait for weights, for a row of metrics."""
+        episodes = self.episodes - before.episodes
+        waited = (self.weights_wait_s - before.weights_wait_s) / max(1, episodes)
+        worked = {f"rollout/{part}_s": seconds - before.seconds[part] for part, seconds in self.seconds.items()}
+        return worked | {"rollout/weights_wait_s": waited}
 
     def summary(self) -> dict[str, Any]:
         """As ``summary.json`` has them."""

@@ -61,10 +61,12 @@ class WeightStore:
             self._owned = max(version, self._owned)
             self._newer.notify_all()
 
-    async def newest(self, than: int) -> tuple[int, list[Any]] | None:
-        """``(version, [reference])`` when there is one newer than ``than``. A bare reference would be fetched here."""
-        version = max(self._objects, default=-1)
-        return (version, [self._objects[version]]) if version > than else None
+    async def newer_than(self, version: int) -> tuple[int, list[Any]] | None:
+        """The newest version with its reference, if it is newer: ``(version, [reference])``. A bare reference would be
+        fetched here.
+        """
+        newest = max(self._objects, default=-1)
+        return (newest, [self._objects[newest]]) if newest > version else None
 
     async def wait_for(self, version: int, timeout_s: float) -> bool:
         """True as soon as ``version`` or a newer one is there to stay, False after ``timeout_s``."""
@@ -135,7 +137,7 @@ class PolicyCopy:
 
     def _newest(self) -> tuple[int, WeightArrays] | None:
         deadline = time.monotonic() + self._timeout_s
-        while (found := ray.get(self._store.newest.remote(self.version), timeout=self._timeout_s)) is not None:
+        while (found := ray.get(self._store.newer_than.remote(self.version), timeout=self._timeout_s)) is not None:
             version, (reference,) = found
             try:
                 return version, ray.get(reference, timeout=self._timeout_s)

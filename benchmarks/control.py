@@ -49,7 +49,7 @@ class _Host:
 
     async def collect(self, seat: int, context: Context) -> tuple[EpisodeReport, np.ndarray]:
         """What `RolloutActor.collect` does, without the play."""
-        found = await self._store.newest.remote(self._versions[seat])
+        found = await self._store.newer_than.remote(self._versions[seat])
         if found is not None:
             self._versions[seat] = found[0]
         rng = np.random.default_rng(context.seed)

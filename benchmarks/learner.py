@@ -71,7 +71,7 @@ class _Sink:
     def __init__(self, pool: Any) -> None:
         self._pool = pool
 
-    def newest(self, than: int) -> None:
+    def newer_than(self, version: int) -> None:
         pass
 
     def publish(self, version: int, lent: list[Any], sha256: str) -> None:

@@ -122,7 +122,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
     memory = PeakMemory()
     home = settings["home"]
-    published = ray.get(store.newest.remote(0), timeout=limit)
+    published = ray.get(store.newer_than.remote(0), timeout=limit)
     first = 0 if published is None else published[0]
     acting = _go_on(policy, first, home) if first else policy
     worker = _Worker(rank, mesh, anchor, coordinator, store, memory, home)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from learner.sharding import copy_whole, is_divided, shard, whole
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
-from ript_ray.policies.adapt import add_lora, freeze, merge_lora
+from ript_ray.policies.adapt import adapt, merge_lora
 from ript_ray.policies.policy import Policy, draw_shifts, sample_time, shift_images
 from ript_ray.types import Batch
 
@@ -108,9 +108,7 @@ def update(
     if anchor is not None and mesh is not None:
         anchor = _frozen(anchor, mesh)
     trainable = {name: p.requires_grad for name, p in policy.named_parameters()}
-    freeze(policy, train.freeze)
-    if train.lora_rank:
-        add_lora(policy, train.lora_rank, train.lora_part)
+    adapt(policy, train)
     trained = policy if mesh is None else shard(copy.deepcopy(policy), mesh)
     if train.checkpoint_activations:
         trained.checkpoint_activations()
@@ -157,10 +155,7 @@ def update(
         acting = copy.deepcopy(policy)
         copy_whole(average, _trained_parameters(acting))
     for result in {policy, acting}:
-        merge_lora(result)
-        for name, parameter in result.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        result.eval()
+        _finish(result, trainable)
     tenth = max(1, len(losses) // 10)
     return acting, {
         "loss_first": sum(losses[:tenth]) / tenth,
@@ -169,6 +164,14 @@ def update(
         "pieces": float(pieces),
         **{name: value.item() / terms.samples for name, value in terms.sums.items()},
     }
+
+
+def _finish(policy: Policy, trainable: Mapping[str, bool]) -> None:
+    """Leave nothing of how it was trained but the weights."""
+    merge_lora(policy)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    policy.eval()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import Config, ObjectiveConfig
-from ript_ray.policies.adapt import add_lora, freeze
+from ript_ray.policies.adapt import adapt
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch
 
@@ -29,9 +29,7 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     """
     train, objective = config.train, config.objective
     policy = copy.deepcopy(policy)
-    freeze(policy, train.freeze)
-    if train.lora_rank:
-        add_lora(policy, train.lora_rank, train.lora_part)
+    adapt(policy, train)
     if train.checkpoint_activations:
         policy.checkpoint_activations()
     learners = max(1, config.scaling.learners)

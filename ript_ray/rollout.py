@@ -12,8 +12,8 @@ import torch
 
 from ript_ray.envs.world import LazyObservation, World
 from ript_ray.policies.exploration import Exploration
+from ript_ray.policies.integration import ChainStep, Explore
 from ript_ray.policies.policy import Policy
-from ript_ray.policies.sampling import ChainStep, Explore
 from ript_ray.types import Context, Trajectory
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ript_ray.policies.sampling import ChainStep
+from ript_ray.policies.integration import ChainStep
 
 Start = tuple[str, int | None, int | None]
 """Where episodes start: the task and its initial state, or, without one, the seed by which objects are placed."""

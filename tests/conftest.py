@@ -79,7 +79,7 @@ def make_policy(seed: int = 0, image_size: int = 32) -> FlowPolicy:
 def point_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a policy for `PointReach` that has seen some demonstrations and succeeds now and then."""
     from learner.sft import train_on_demonstrations
-    from ript_ray.data.demos import demonstrate
+    from ript_ray.data.demonstrator import demonstrate
     from ript_ray.data.storage import save_trajectories
     from ript_ray.envs import make
     from ript_ray.policies.checkpoints import save_policy

@@ -93,7 +93,7 @@ def test_bad_input_is_refused(env) -> None:  # noqa: ANN001
 
 def test_the_expert_succeeds_and_frames_can_be_completed_later(env) -> None:  # noqa: ANN001
     from ript_ray.config import DemosConfig
-    from ript_ray.data.demos import demonstrate
+    from ript_ray.data.demonstrator import demonstrate
     from ript_ray.rollout import film, render_steps
     from ript_ray.types import Context
 

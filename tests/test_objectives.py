@@ -13,8 +13,8 @@ from torch import nn
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
 from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig
+from ript_ray.policies.integration import ChainStep, Explore, euler_maruyama, integrate, integrate_with_noise
 from ript_ray.policies.policy import sample_time
-from ript_ray.policies.sampling import ChainStep, Explore, euler_maruyama, integrate, integrate_with_noise
 from ript_ray.types import Batch
 
 ROWS, STEPS, DIMS = 5, 4, 3

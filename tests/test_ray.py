@@ -188,15 +188,15 @@ def test_a_surplus_is_dropped_from_the_queue() -> None:
 
 def test_the_store_serves_the_newest_weights_and_waits_with_a_limit() -> None:
     store = WeightStore.remote()
-    assert ray.get(store.newest.remote(-1)) is None
+    assert ray.get(store.newer_than.remote(-1)) is None
     assert not ray.get(store.wait_for.remote(0, 0.1))
     waiting = store.wait_for.remote(2, 20.0)
     for version in range(5):
         publish(store, version, {"w": np.full(3, version)}, f"hash{version}")
     assert ray.get(waiting, timeout=20)
-    version, (reference,) = ray.get(store.newest.remote(1))
+    version, (reference,) = ray.get(store.newer_than.remote(1))
     assert (version, ray.get(reference)["w"].tolist()) == (4, [4, 4, 4])
-    assert ray.get(store.newest.remote(4)) is None
+    assert ray.get(store.newer_than.remote(4)) is None
     assert ray.get(store.newest_version.remote()) == (4, "hash4")
 
 
@@ -211,7 +211,7 @@ def test_published_weights_outlive_the_learner() -> None:
     store, weights = WeightStore.remote(), {"w": np.arange(1_000_000.0)}
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(publish_and_die.remote(store, weights), timeout=60)
-    _, (reference,) = ray.get(store.newest.remote(0))
+    _, (reference,) = ray.get(store.newer_than.remote(0))
     assert np.array_equal(ray.get(reference, timeout=60)["w"], weights["w"])
 
 
@@ -271,7 +271,7 @@ def learn(
     thread.start()
     learner_group(config, policy, pool, store, log, Home.here(run_dir, 60.0)).fit()
     thread.join(timeout=60)
-    version, (reference,) = ray.get(store.newest.remote(-1))
+    version, (reference,) = ray.get(store.newer_than.remote(-1))
     assert version == config.train.updates
     weights = {name: torch.tensor(array) for name, array in ray.get(reference).items()}
     saved = load_policy(run_dir / "checkpoints" / f"{version:04d}")

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ript_ray.policies.sampling import ChainStep
+from ript_ray.policies.integration import ChainStep
 from ript_ray.types import Batch, Trajectory, Window
 
 HORIZON = 50

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ript_ray.config import TrainConfig
 from ript_ray.errors import UserError
 
 
@@ -23,6 +24,17 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def adapt(policy: nn.Module, train: TrainConfig) -> None:
+    """Leave as trainable what ``train.freeze`` and ``train.lora_rank`` say.
+
+    Raises:
+        UserError: when the policy has no such parts, or nothing is left to train.
+    """
+    freeze(policy, train.freeze)
+    if train.lora_rank:
+        add_lora(policy, train.lora_rank, train.lora_part)
 
 
 def freeze(policy: nn.Module, parts: Sequence[str]) -> None:

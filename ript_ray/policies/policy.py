@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ript_ray.errors import UserError
-from ript_ray.policies.sampling import ChainStep, Explore, integrate, integrate_with_noise
+from ript_ray.policies.integration import ChainStep, Explore, integrate, integrate_with_noise
 from ript_ray.policies.stages import note
 from ript_ray.policies.transform import Normalisation, Transform
 

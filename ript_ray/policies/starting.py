@@ -7,7 +7,7 @@ from pathlib import Path
 from ript_ray.config import Config, DataConfig, resolve
 from ript_ray.data.windows import HORIZON
 from ript_ray.errors import UserError
-from ript_ray.policies.adapt import add_lora, freeze
+from ript_ray.policies.adapt import adapt
 from ript_ray.policies.checkpoints import empty_policy, load_policy, save_policy
 from ript_ray.policies.policy import Policy
 
@@ -27,9 +27,7 @@ def load_policy_to_train(config: Config, folder: Path | None = None) -> Policy:
     policy = load_starting_policy(config, folder)
     check_chunk(f"policy.checkpoint={config.policy.checkpoint!r}", policy, config.data)
     trial = empty_policy(policy.describe())
-    freeze(trial, config.train.freeze)
-    if config.train.lora_rank:
-        add_lora(trial, config.train.lora_rank, config.train.lora_part)
+    adapt(trial, config.train)
     if config.train.checkpoint_activations:
         trial.checkpoint_activations()
     return policy

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ript_ray.config import ObjectiveConfig
-from ript_ray.policies.sampling import log_prob_under
+from ript_ray.policies.integration import log_prob_under
 from ript_ray.policies.transform import Normalisation
 from ript_ray.types import Batch
 

@@ -89,9 +89,7 @@ class Coordinator:
         self._dispatcher = Dispatcher(actors, config.scaling, self._journal, absent, self._newest_version)
         busy = -(-(len(actors) + len(absent)) // config.sampling.group_size)
         self._busy_groups: int = self._journal.settle("busy_groups", busy)
-        """Number of groups that keep every actor busy. Which groups there are depends on it, so a wider session does not
-        change it.
-        """
+        """Groups that keep every actor busy. Which groups come depends on it; a wider session does not change it."""
         self._sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
         self._asynchronous = config.train.mode == "async"
         self._version = 0

@@ -6,7 +6,7 @@
     python launch.py sft sft.output=DIR          a starting policy from demonstrations
     python launch.py train                       make the policy better by trying
     python launch.py train --resume RUN_DIR      go on with a run that was interrupted
-    python launch.py submit run.dir=/DIR         the same as a job on a running cluster
+    python launch.py submit run.dir=/DIR         train, as a job on a running cluster
     python launch.py tune 'tune.search={KEY: [A, B]}'   the settings that learn best, by many such jobs
     python launch.py eval policy.checkpoint=DIR  success rate on held-out initial states
     python launch.py guidance policy.checkpoint=DIR   the guidance scale it acts best with

@@ -248,13 +248,14 @@ class Coordinator:
         folder = self._journal.run_dir / "checkpoints"
         found = candidates(last, self.best_updates(), self._config.train.candidates, folder)
         settled: list[int] = self._journal.settle("candidates", found)
-        whole = candidates(last, settled, len(settled), folder)  # it may be long ago
+        whole = found if settled == found else candidates(last, settled, len(settled), folder)
         if lost := sorted({*settled} - {*whole}):
             if self._journal.replaying:
                 raise UserError(
                     f"{folder}: the policies of the updates {lost} were being compared with others and cannot be read "
                     f"any more; put them back, or take {folder / f'{last:04d}'} as the result"
                 )
+            self._journal.discard_unnoted()  # what the lost one may have played
             self._journal.settle("candidates", whole, anew=True)
         return whole
 

@@ -55,21 +55,22 @@ class EpisodeFiles:
             return None
         return ray.put(load_trajectory(file))
 
-    def forget(self, number: int) -> None:
-        """Leave only the record of an episode that nothing will be learnt from."""
+    def forget(self, number: int) -> bool:
+        """Leave only the record of an episode that nothing will be learnt from; whether there was more."""
         file = self._journal.episode_file(number)
         # Actors that are only simulated write none (benchmarks/control.py).
         if file is not None and file.exists() and not self._journal.replaying:
             try:
-                forget_trajectory(file)
+                return forget_trajectory(file)
             except (OSError, UserError):  # nobody needs it, whole or damaged
                 log.exception("%s was left as it is", file)
+        return False
 
     def forget_stale(self, version: int) -> None:
         """Forget two accepted episodes, if there are, that are too old to be trained on again: more go than come."""
         if self._journal.replaying:  # earlier sessions need not have come to all of them
             return
         oldest = version - self._max_staleness - _SPARE_VERSIONS
-        for _ in range(2):
-            if self._accepted and self._accepted[0][0] < oldest:
-                self.forget(self._accepted.popleft()[1])
+        forgotten = 0
+        while forgotten < 2 and self._accepted and self._accepted[0][0] < oldest:
+            forgotten += self.forget(self._accepted.popleft()[1])

@@ -103,6 +103,12 @@ class Journal:
         """Where an episode is recorded."""
         return None if self._episodes is None else self._episodes / f"{number:06d}.safetensors"
 
+    def discard_unnoted(self) -> None:
+        """Remove recordings of episodes that nobody has asked for in this session: what comes next is another."""
+        for file in [] if self._episodes is None else self._episodes.glob("*.safetensors"):
+            if file.stem.isdecimal() and int(file.stem) >= self._number:
+                file.unlink()
+
     def began(self, number: int) -> None:
         """Note that a session plays an episode; not where replaying gets to, since clocks decide when it comes."""
         self._note_again(number)

@@ -25,7 +25,7 @@ from ript_ray.watchdog import Watchdog
 
 _WARM_UP_TIMEOUT_S = 300.0
 """Longest time to make an environment: the first one on a machine compiles its model and this project's code."""
-_MAX_RESTARTS = 100
+_MAX_RESTARTS = 1000
 """Of one actor by Ray: a process that dies whenever it starts must not be started for days. Enough for one that dies
 now and then; when the last actor is gone for good, the driver starts all anew."""
 

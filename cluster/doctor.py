@@ -93,9 +93,14 @@ def examine_rendering(config: Config) -> str:
 def _memory(config: Config) -> str:
     plan = make_plan(config)
     room = min(room for name, room in plan.rooms.items() if name != "CPUs")  # which actors may share
-    if config.scaling.actors > room:
+    if _is_local(config) and config.scaling.actors > room:
         raise RuntimeError(f"{plan.describe()}; lower scaling.actors={config.scaling.actors}")
     return plan.describe()
+
+
+def _is_local(config: Config) -> bool:
+    """Does a job run on this machine, rather than on a cluster that it joins?"""
+    return (config.scaling.address or os.environ.get("RAY_ADDRESS")) is None
 
 
 def _disk(config: Config) -> str:
@@ -169,7 +174,7 @@ def _resources(config: Config) -> str:
 
     plan = ResourcePlan.of(config.scaling)
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    if (config.scaling.address or os.environ.get("RAY_ADDRESS")) is None:
+    if _is_local(config):
         plan.check([Node(cpus, gpus, {})])
     free = [torch.cuda.mem_get_info(i)[0] / 2**30 for i in range(gpus)]
     memory = f" ({', '.join(f'{gib:.0f}' for gib in free)} GiB free)" if free else ""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ript_ray.children import ask_child
-from ript_ray.config import Config, ConvertConfig, PlanConfig, resolve
+from ript_ray.config import Config, ConvertConfig, PlanConfig, ScalingConfig, resolve
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
 
@@ -85,8 +85,28 @@ class Plan:
     by_cpus: int
     """Actors that the CPUs allow."""
     by_memory: int
-    by_gpus: int | None
-    """None when they need none."""
+    learners_on: tuple[int, ...] = ()
+    """The GPUs of the learners, where they need any."""
+
+    @property
+    def learner_share(self) -> float:
+        """Of a GPU, in the steps that Ray knows; a whole one where there are several, since two must not share it."""
+        if not self.learner_gpu:
+            return 0.0
+        return 1.0 if self.learners > 1 else min(1.0, self._share(self.learner_gpu))
+
+    @property
+    def actor_share(self) -> float:
+        """Of a GPU, likewise."""
+        return min(1.0, self._share(self.actor_gpu)) if self.actor_gpu else 0.0
+
+    @property
+    def by_gpus(self) -> int | None:
+        """Actors that the GPUs allow; None when they need none."""
+        if not self.actor_gpu:
+            return None
+        free = [1.0 - self.learner_share * (i in self.learners_on) for i in range(len(self.machine.gpus))]
+        return sum(int(left / self.actor_share + 1e-9) for left in free)
 
     @property
     def actors(self) -> int:
@@ -124,20 +144,16 @@ class Plan:
 
     def settings(self) -> dict[str, float]:
         """What to set, to use all of the machine."""
-        shares: dict[str, float] = {}
-        if self.machine.gpus:
-            size = min(self.machine.gpus)
-            for key, parts in (("scaling.learner_gpus", self.learner_gpu), ("scaling.actor_gpus", self.actor_gpu)):
-                share = sum(parts.values()) / (_GPU_SHARE * size)
-                if parts:
-                    shares[key] = min(1.0, math.ceil(100 * share) / 100)
-            if self.learners > 1 and self.learner_gpu:
-                shares["scaling.learner_gpus"] = 1  # two must not share one
-        return {"scaling.actors": self.actors} | shares
+        shares = {"scaling.learner_gpus": self.learner_share, "scaling.actor_gpus": self.actor_share}
+        return {"scaling.actors": self.actors} | {key: share for key, share in shares.items() if share}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"actors": self.actors, "limited_by": self.limited_by, "settings": self.settings()}
+        found = {"actors": self.actors, "by_gpus": self.by_gpus, "limited_by": self.limited_by}
+        return asdict(self) | found | {"settings": self.settings()}
+
+    def _share(self, parts: dict[str, float]) -> float:
+        return math.ceil(1e4 * sum(parts.values()) / (_GPU_SHARE * min(self.machine.gpus))) / 1e4
 
 
 def make_plan(config: Config) -> Plan:
@@ -173,17 +189,14 @@ def make_plan(config: Config) -> Plan:
             others_gb += scaling.learners * copies * sum(p.numel() for p in policy.parameters()) * 4 / 1e9
         if scaling.actor_gpus > 0:
             actor_gpu = _actor_parts(policy, config)
-    left = [_GPU_SHARE * size for size in machine.gpus]
+    fitting: list[int] = []
     if learner_gpu:
         needed = sum(learner_gpu.values())
-        fitting = [i for i, size in enumerate(left) if size >= needed]
+        fitting = [i for i, size in enumerate(machine.gpus) if _GPU_SHARE * size >= needed]
         if len(fitting) < scaling.learners:
             raise UserError(_does_not_fit(learner_gpu, scaling.learners, machine, len(fitting)))
-        for i in fitting[: scaling.learners]:
-            left[i] -= needed
     free_gb = max(0.0, machine.memory_gb * _SHARE - others_gb)
     cpus = machine.cpus - scaling.learners * scaling.learner_cpus
-    each = sum(actor_gpu.values())
     return Plan(
         machine=machine,
         actor_gb=actor_gb,
@@ -192,7 +205,7 @@ def make_plan(config: Config) -> Plan:
         learners=scaling.learners,
         by_cpus=max(0, int(cpus / scaling.actor_cpus + 1e-9)),
         by_memory=int(free_gb / actor_gb),
-        by_gpus=sum(int(size / each) for size in left) if actor_gpu else None,
+        learners_on=tuple(fitting[: scaling.learners]),
     )
 
 
@@ -222,8 +235,19 @@ def fit_actors(config: Config) -> Config:
         raise UserError("scaling.actors=0 measures this machine alone; on a cluster give the number of actors")
     made = make_plan(config)
     print(made.describe() + "; set scaling.actors to override")
-    actors = max(1, made.actors)
+    actors = max(1, min(made.actors, _by_shares(config.scaling, len(made.machine.gpus))))
     return config.model_copy(update={"scaling": config.scaling.model_copy(update={"actors": actors})})
+
+
+def _by_shares(scaling: ScalingConfig, gpus: int) -> float:
+    """Rollout actors that find their configured share of a GPU beside the learners'."""
+    if scaling.actor_gpus == 0:
+        return math.inf
+    left, wanted = [1.0] * gpus, scaling.learners * scaling.learner_gpus
+    for i in range(gpus):
+        taken = min(left[i], wanted)
+        left[i], wanted = left[i] - taken, wanted - taken
+    return sum(int(share / scaling.actor_gpus + 1e-9) for share in left)
 
 
 def policy_without_weights(checkpoint: str) -> Policy:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ript_ray.errors import UserError
-from ript_ray.report import VIDEOS, report_data, report_html
+from ript_ray.report import CAPTIONS, VIDEOS, report_html, report_json
 from ript_ray.runs import Run
 
 log = logging.getLogger("ript_ray")
+
+_SHARE = 0.05
+"""Of the time, that reading a run for those who look at its page may take."""
 
 
 @contextlib.contextmanager
@@ -39,6 +42,7 @@ def report_server(run_dir: Path, host: str, port: int | None) -> Iterator[str | 
 
     class Handler(_Handler):
         folder = run_dir
+        data = _Data(run_dir)
 
     try:
         server = _Server((host, port), Handler)
@@ -63,17 +67,42 @@ class _Server(ThreadingHTTPServer):
         log.log(logging.DEBUG if gone else logging.ERROR, "the report page was not delivered", exc_info=True)
 
 
+class _Data:
+    """What the page shows, for all who look at it; read anew when files have changed, and less often the longer it
+    takes.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        names = ("metrics.jsonl", "journal.jsonl", "summary.json", f"{VIDEOS}/{CAPTIONS}")
+        self._run_dir, self._files = run_dir, [run_dir / name for name in names]
+        self._lock = threading.Lock()
+        self._seen: list[tuple[int, int]] = []
+        self._text = ""
+        self._next = 0.0
+
+    def read(self) -> str:
+        """As `report_json` gives it."""
+        with self._lock:
+            began = time.monotonic()
+            stamps = [(s.st_size, s.st_mtime_ns) for s in (file.stat() for file in self._files if file.exists())]
+            if began >= self._next and (stamps != self._seen or not self._text):
+                self._text, self._seen = report_json(Run.load(self._run_dir)), stamps
+                self._next = began + (time.monotonic() - began) / _SHARE
+            return self._text
+
+
 class _Handler(BaseHTTPRequestHandler):
     folder: Path
+    data: _Data
 
     def do_GET(self) -> None:
         """The page, its data, or a video."""
         path = self.path.split("?")[0]
         video = self.folder / VIDEOS / path.removeprefix(f"/{VIDEOS}/")
         if path == "/":
-            self._answer(report_html(Run.load(self.folder)).encode(), "text/html; charset=utf-8")
+            self._answer(report_html(self.data.read()).encode(), "text/html; charset=utf-8")
         elif path == "/report.json":
-            self._answer(json.dumps(report_data(Run.load(self.folder))).encode(), "application/json")
+            self._answer(self.data.read().encode(), "application/json")
         elif path.startswith(f"/{VIDEOS}/") and video.parent == self.folder / VIDEOS and video.suffix == ".mp4":
             try:
                 self._answer(video.read_bytes(), "video/mp4", self.headers.get("Range"))

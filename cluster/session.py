@@ -50,16 +50,20 @@ class Workers:
         by_gpus = int(node.gpus / self.gpus + 1e-9) if self.gpus else self.count
         return min(self.count, int(node.cpus / self.cpus + 1e-9), by_gpus)
 
-    def spread_over(self, nodes: Sequence[Node]) -> list[Node]:
-        """What is left of empty nodes once the workers were dealt to them in turn, as far as there is room."""
-        rooms = [self.fit_on(node) for node in nodes]
-        taken = [0] * len(nodes)
+    def spread_over(self, nodes: Sequence[Node], sparing: Workers) -> list[Node]:
+        """What is left of empty nodes once the workers were dealt to them in turn, as far as there is room.
+
+        In which order is not known; this one leaves most to those who come after.
+        """
+        order = sorted(nodes, key=sparing.fit_on)
+        rooms = [self.fit_on(node) for node in order]
+        taken = [0] * len(order)
         for _ in range(min(self.count, sum(rooms))):
             least = min((i for i, room in enumerate(rooms) if taken[i] < room), key=lambda i: taken[i])
             taken[least] += 1
         return [
             replace(node, cpus=node.cpus - n * self.cpus, gpus=node.gpus - n * self.gpus)
-            for node, n in zip(nodes, taken, strict=True)
+            for node, n in zip(order, taken, strict=True)
         ]
 
 
@@ -119,9 +123,8 @@ class ResourcePlan:
     def _check_room_for_learners(self, nodes: Sequence[Node]) -> None:
         """Actors start first, and Ray deals them to the nodes in turn: do learners find room in what is left?"""
         actors, *others = self.workers
-        left = actors.spread_over(nodes)
         for learners in others:
-            fit = sum(learners.fit_on(node) for node in left)
+            fit = sum(learners.fit_on(node) for node in actors.spread_over(nodes, sparing=learners))
             if fit < learners.count:
                 raise UserError(
                     f"scaling.learners={learners.count}: {fit} find room once {actors.count} rollout actors are spread "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import sys
@@ -15,7 +16,9 @@ from typing import Any, BinaryIO
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
+from ript_ray.reporting import write_text
 
 log = logging.getLogger("ript_ray")
 
@@ -35,7 +38,7 @@ class Storage:
     """Copies what is new in a run directory, in a thread of its own, whenever there is a new row of metrics.
 
     The journal comes last, as it was before anything else was copied, so it never speaks of a file that is not there.
-    Every file appears complete or not at all. Older checkpoints go here when newer ones are here.
+    Every file appears complete or not at all. Then older checkpoints go, if newer ones are here.
 
     Args:
         url: what `pyarrow.fs.FileSystem.from_uri` takes (``s3://``, ``gs://``, ``hdfs://``, ``file://``), or a path.
@@ -98,13 +101,16 @@ class Storage:
                     print(f"run.storage={self._url!r}: {error}; {self._run_dir} is complete", file=sys.stderr)
 
     def _save(self) -> None:
-        # Read before anything is copied, and rows before the journal, which has what they tell of: copies must not
-        # speak of what is not there, and would come to be otherwise when the run goes on from them.
+        # A checkpoint comes after its row, a row after what the journal has of it, and an entry after its episode. So
+        # what is read first speaks of nothing that is not copied with it.
+        learnt = set((self._run_dir / "checkpoints").rglob("*"))
         lines = {name: _whole_lines(self._run_dir / name) for name in (_ROWS, _JOURNAL)}
         # What an average was made of comes before it: the run goes on from both.
         for file in sorted(self._run_dir.rglob("*"), key=lambda file: ("unaveraged" not in str(file), file)):
             inside = file.relative_to(self._run_dir).parts
             if inside[0] in {*_NOT_KEPT, *lines} or any(part.startswith(".") for part in inside):
+                continue
+            if inside[0] == "checkpoints" and file not in learnt:
                 continue
             with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
                 if file.is_file() and self._known.get(file) != _stamp(file):
@@ -190,7 +196,17 @@ def restore(url: str, run_dir: Path) -> bool:
             with fs.open_input_stream(info.path) as source, partial.open("wb") as out:
                 shutil.copyfileobj(source, out, _BLOCK)
             partial.replace(target)
+    _drop_early_rows(run_dir)
     return True
+
+
+def _drop_early_rows(run_dir: Path) -> None:
+    """Rows of updates whose rollouts the journal does not have: what they tell of is done again."""
+    collected = (run_dir / _JOURNAL).read_bytes().count(b'{"kind": "collected"')
+    rows = read_json_lines(run_dir / _ROWS)
+    kept = [row for row in rows if row["update"] <= collected]
+    if len(kept) < len(rows):
+        write_text(run_dir / _ROWS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _journal(fs: FileSystem, root: PurePosixPath) -> bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ log = logging.getLogger("ript_ray")
 
 _CLOSE_S = 10.0
 """That a server has to take the last metrics when the run ends; a job that is stopped has not much longer."""
+_ALONE_S = 60.0
 
 
 class Tracker:
@@ -154,12 +157,9 @@ def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[s
 
     store = run_dir.resolve().parent
     mlflow.set_tracking_uri(uri or f"sqlite:///{store / 'mlflow.db'}")
-    experiment = mlflow.get_experiment_by_name(name)
-    if experiment is None:
-        artifacts = None if uri else (store / "mlflow-artifacts").as_uri()
-        identifier = mlflow.create_experiment(name, artifact_location=artifacts)
-    else:
-        identifier = experiment.experiment_id
+    artifacts = None if uri else (store / "mlflow-artifacts").as_uri()
+    with contextlib.nullcontext() if uri else _alone(store / ".mlflow.lock"):  # it makes the tables, if there are none
+        identifier = _experiment(name, artifacts)
     marker = run_dir / "mlflow-run"
     begun = marker.read_text().strip() if marker.exists() else None
     if begun and not _exists(begun):  # the run goes on where this store is not
@@ -169,6 +169,34 @@ def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[s
         mlflow.log_params({f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()})
         marker.write_text(run_id + "\n")
     return run_id
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep others out who would do the same at the same time, for a minute at most."""
+    with file.open("w") as lock:
+        deadline = time.monotonic() + _ALONE_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.2)
+        yield
+
+
+def _experiment(name: str, artifacts: str | None) -> str:
+    """The identifier of an experiment, made if there is none."""
+    import mlflow
+
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(mlflow.create_experiment(name, artifact_location=artifacts))
+        except mlflow.exceptions.MlflowException:  # another run may have been faster
+            found = mlflow.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
 
 def _exists(run_id: str) -> bool:

@@ -79,7 +79,7 @@ def search(
                     mode="max",
                     num_samples=1 if _is_grid(config) else config.tune.trials,
                     max_concurrent_trials=config.tune.parallel,
-                    scheduler=ASHAScheduler(time_attr="update", grace_period=1, max_t=most_updates(config) + 1),
+                    scheduler=_scheduler(most_updates(config)),
                 ),
                 run_config=ray_tune.RunConfig(name="search", storage_path=str(storage), verbose=1),
             )
@@ -92,6 +92,11 @@ def search(
     if not trials[0]["episodes"]:
         raise UserError(f"no trial finished an update; what they said is in {run_dir / 'jobs'}/*.log")
     return {"best": trials[0], "trials": trials}
+
+
+def _scheduler(updates: int) -> ASHAScheduler | None:
+    """Ends the worse trials early. The first update's rollouts are played by the starting policy and tell nothing."""
+    return ASHAScheduler(time_attr="update", grace_period=2, max_t=updates + 1) if updates > 2 else None
 
 
 def most_updates(config: Config) -> int:
@@ -139,9 +144,8 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
             space[key] = ray_tune.grid_search(values) if _is_grid(config) else ray_tune.choice(values)
             tried = values
         elif isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
-            low, high = float(values["low"]), float(values["high"])
-            draw = ray_tune.loguniform if values.get("log") else ray_tune.uniform
-            space[key], tried = draw(low, high), [low, high]
+            space[key] = _range(key, values)
+            tried = [values["low"], values["high"]]
         else:
             raise UserError(
                 f"tune.search: {key}={values!r}; expected a list, or low and high, with log: true or without"
@@ -149,6 +153,22 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
         for value in tried:
             load_config(config_file, [*_of_jobs(settings), _word(key, value)])
     return space
+
+
+def _range(key: str, values: dict[str, Any]) -> Any:
+    """Ray Tune's range from ``low`` to ``high``; of whole numbers where the setting is one."""
+    low, high, log = values["low"], values["high"], bool(values.get("log"))
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (low, high))
+    if not numbers or not low < high or (log and low <= 0):
+        raise UserError(
+            f"tune.search: {key}={values!r}; expected numbers (1.0e-4, not 1e-4), low less than high, and with log: "
+            "true more than 0"
+        )
+    section, _, name = key.partition(".")
+    kind = type(getattr(Config(), section)).model_fields[name].annotation
+    if kind in (int, int | None):
+        return ray_tune.lograndint(low, high + 1) if log else ray_tune.randint(low, high + 1)
+    return ray_tune.loguniform(low, high) if log else ray_tune.uniform(low, high)
 
 
 def _is_grid(config: Config) -> bool:

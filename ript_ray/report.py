@@ -92,20 +92,21 @@ def curve(rows: list[dict[str, Any]], section: str) -> list[dict[str, float]]:
         }
         point |= {"low": low, "high": high}
         if section == "rollout":
-            point |= {key.split("/")[1]: sum(row.get(key, 0.0) for row in part) for key in _SUMS}
-            for key in _MEANS:
-                values = [row[key] for row in part if key in row]
-                point[key.split("/")[1]] = sum(values) / len(values) if values else 0.0
-        points.append({key: float(f"{value:.4g}") for key, value in point.items()})
+            for key in (*_SUMS, *_MEANS):
+                if values := [row[key] for row in part if key in row]:  # else it is not known (yet)
+                    point[key.split("/")[1]] = sum(values) / (len(values) if key in _MEANS else 1)
+        points.append({key: v if isinstance(v, int) else float(f"{v:.4g}") for key, v in point.items()})
     return points
 
 
-def report_html(run: Run) -> str:
-    """The page with the data of a run in it."""
-    template = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    # "</script>" in a string would end the script.
-    data = json.dumps(report_data(run), separators=(",", ":")).replace("<", "\\u003c")
-    return template.replace('"RUN_DATA"', data)
+def report_json(run: Run) -> str:
+    """`report_data` as text that may stand in a script, which "</script>" in a string would end."""
+    return json.dumps(report_data(run), separators=(",", ":")).replace("<", "\\u003c")
+
+
+def report_html(data: str) -> str:
+    """The page with the data of a run in it, as `report_json` gives it."""
+    return files(__package__).joinpath("report.html").read_text(encoding="utf-8").replace('"RUN_DATA"', data)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -115,7 +116,7 @@ def write_report(run_dir: Path) -> Path:
         UserError: when it is no run directory.
     """
     file = run_dir / "report.html"
-    write_text(file, report_html(Run.load(run_dir)))
+    write_text(file, report_html(report_json(Run.load(run_dir))))
     return file
 
 

@@ -25,7 +25,7 @@ _LINES_APART_S = 30.0
 def progress_bar(total: float, description: str = "", **options: Any) -> tqdm[Any]:
     """A progress bar: on a terminal always current, in a log a line now and then."""
     apart = 0.1 if sys.stderr.isatty() else _LINES_APART_S
-    return tqdm(total=total, desc=description, mininterval=apart, miniters=0, **options)
+    return tqdm(total=total, desc=description, mininterval=apart, miniters=0, smoothing=0, **options)
 
 
 def versions(renderer: str) -> dict[str, str]:
@@ -64,6 +64,7 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     rollouts = [row for row in rows if "rollout/success_rate" in row]
     updates = summary["updates"]
@@ -91,7 +92,8 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
                 markersize=8,
                 label=f"held-out, {name}: {result['successes']}/{result['episodes']}",
             )
-    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1.03), xticks=range(updates + 1), title=summary["env"])
+    axes.set(xlabel="updates", ylabel="success rate", ylim=(0, 1.03), xlim=(-0.3, updates + 0.3), title=summary["env"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()

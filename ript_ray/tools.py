@@ -66,9 +66,12 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     from ript_ray.policies.checkpoints import load_policy, load_shape
 
     folders = [Path(path) for path in (first, second) if Path(path).is_dir()]
-    sizes = [load_shape(folder).transform.frame_size for folder in folders]
-    frame_size = next((size for size in sizes if size is not None), None)
-    seen = stages.observations(config.data, frame_size, config.env.image_size)
+    transforms = [load_shape(folder).transform for folder in folders]
+    frame_size = next((t.frame_size for t in transforms if t.frame_size is not None), None)
+    state_dims = [len(t.state_mean) for t in transforms]
+    if len(set(state_dims)) > 1:
+        raise UserError(f"compare {first} {second}: one takes states of {state_dims[0]}, the other of {state_dims[1]}")
+    seen = stages.observations(config.data, frame_size, config.env.image_size, *state_dims[:1])
 
     def side(path: Path) -> stages.Stages:
         if path.is_file():
@@ -80,7 +83,9 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
         stages.save_stages(Path(second), side(Path(first)))
         print(f"wrote the stages of {first} to {second}")
         return {"stages": second}
-    result = stages.compare(side(Path(first)), side(Path(second)))
+    left, right = side(Path(first)), side(Path(second))
+    order = right if Path(first).is_file() else left  # a file of somebody else need not be in order
+    result = stages.compare(left, right, order=order)
     print(result.describe())
     return result.to_json()
 

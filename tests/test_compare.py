@@ -136,6 +136,19 @@ def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path
         load_stages(tmp_path / "bad.safetensors")
 
 
+def test_one_other_token_is_named_and_what_only_one_has_is_told() -> None:
+    ours = {"tokens": np.array([[2, 235274, 108]]), "words": np.ones((1, 3, 4))}
+    other = compare(ours, {"tokens": np.array([[2, 235275, 108]]), "words": np.ones((1, 3, 4))})
+    assert other.first is not None
+    assert other.first.stage == "tokens"
+    theirs = {"action": np.ones(3), "words": np.ones((1, 3, 4)) + 1, "tokens": ours["tokens"]}  # in no order
+    result = compare(theirs, ours | {"state": np.ones(2)}, order=["tokens", "words", "state"])
+    assert [d.stage for d in result.differences] == ["tokens", "words"]
+    assert "only one of them has 'action', 'state'" in result.describe()
+    with pytest.raises(UserError, match=r"no stage is in both: one has action, .*the other state"):
+        compare(theirs, {"state": np.ones(2)})
+
+
 def test_what_is_no_number_differs() -> None:
     good, bad = {"action": np.array([0.0, 1.0])}, {"action": np.array([0.0, np.nan])}
     for result in (compare(good, bad), compare(bad, good)):

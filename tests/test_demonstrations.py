@@ -136,6 +136,10 @@ def test_the_episodes_of_a_run_become_a_dataset(tmp_path: Path, capsys: pytest.C
     assert hashes[firsts].tolist() == [t.state_hashes[0] for t in played]
     assert launch.main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "holds no recorded episodes" in capsys.readouterr().err
+    record(tmp_path / "eval", besides, env.max_steps)
+    (tmp_path / "eval/start").rmdir()  # which only train makes
+    assert launch.main(["export", str(tmp_path / "eval"), str(tmp_path / "seen")]) == 0
+    assert len(list(read_demonstrations(tmp_path / "seen", POINT_REACH))) == 2
     record(tmp_path / "begun", besides, env.max_steps)
     assert launch.main(["export", str(tmp_path / "begun"), str(tmp_path / "other")]) == 2
     assert "holds no training rollouts yet" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -95,13 +96,13 @@ def test_what_is_written_can_be_read_again(tmp_path: Path, version: Any) -> None
 def test_a_part_of_a_dataset(tmp_path: Path, version: Any) -> None:
     made = three()
     write_dataset(tmp_path / "d", made, version=version)
-    last, sparse = read_all(tmp_path / "d", episodes=[2, 1], every=7)[::-1]
+    last, sparse = read_all(tmp_path / "d", out=[0], every=7)[::-1]
     np.testing.assert_array_equal(last.states, made[2].states)
     np.testing.assert_array_equal(last.frame_steps, [0, 7])
     np.testing.assert_array_equal(sparse.frames, made[1].frames[::7])
     assert sparse.labels is None
     np.testing.assert_array_equal(sparse.actions, made[1].labels)
-    (square,) = read_all(tmp_path / "d", episodes=[0], image_size=6)
+    (square,) = read_all(tmp_path / "d", out=[2, 1], image_size=6)
     assert square.frames.shape == (12, 2, 6, 6, 3)
     assert not square.frames[:, :, [0, -1]].any(), "8 × 12 pixels leave black bars above and below"
     assert square.frames[:, :, 1:-1].any(axis=(2, 3)).all()
@@ -427,7 +428,7 @@ def test_a_dataset_of_an_so100(tmp_path: Path, films: bool) -> None:
     tolerance = 4 if films else 0
     np.testing.assert_allclose(second.frames[:, 0].astype(int), truth["front"][12:], atol=tolerance)
     assert (first.instruction, first.success, second.context.seed) == ("pick the cube", True, 1)
-    (sparse,) = read_all(tmp_path, episodes=[1], every=3)
+    (sparse,) = read_all(tmp_path, out=[0], every=3)
     np.testing.assert_allclose(sparse.frames[:, 0].astype(int), truth["front"][12::3], atol=tolerance)
 
 
@@ -509,7 +510,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: Callable[[dict[str, Any]
 def test_wrong_choices_are_named(tmp_path: Path) -> None:
     so100(tmp_path, films=False)
     for options, message in (
-        ({"episodes": [0, 2]}, "has no episode 2, only 0 to 1"),
+        ({"out": [0, 2]}, "has no episode 2, only 0 to 1"),
         ({"every": 0}, "every is 0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"names": {"cameras": ("front",)}}, "has no feature 'front'"),
@@ -695,6 +696,13 @@ def test_hdf5_demonstrations(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.actions, demos[0]["actions"].astype(np.float32))
     np.testing.assert_array_equal(first.frames[5, 0], demos[0]["obs/agentview_rgb"][5][::-1, ::-1])
     assert first.instruction == "do it"
+    with importlib.import_module("h5py").File(path, "r+") as file:
+        for name in list(file["data"].attrs):
+            del file["data"].attrs[name]  # as in files that were made again by replaying
+    with pytest.raises(UserError, match=r"set data\.observed=before or after"):
+        read_hdf5(path, env_id="x", instruction="do it")
+    replayed = next(read_hdf5(path, env_id="x", observed="before", instruction="do it"))
+    np.testing.assert_array_equal(replayed.actions, first.actions)
     demos = libero_file(path, "opencv")
     upright = next(read_hdf5(path, env_id="x")).frames[0, 0]
     np.testing.assert_array_equal(upright, demos[0]["obs/agentview_rgb"][0][:, ::-1])

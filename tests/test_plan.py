@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import make_policy
 
-from cluster.plan import make_plan, policy_without_weights
+from cluster.plan import fit_actors, make_plan, policy_without_weights
 from launch import main
 from ript_ray.algos.objectives import Draw, find_objective
-from ript_ray.config import Config, ObjectiveConfig
+from ript_ray.config import Config, ObjectiveConfig, load_config
 from ript_ray.errors import UserError
 from ript_ray.footprint import update_footprint
 from ript_ray.policies.policy import Policy
@@ -119,8 +119,11 @@ def test_a_job_is_fitted_to_a_machine_that_is_described(tmp_path: Path, capsys: 
     assert (result["by_gpus"], result["by_memory"], result["by_cpus"]) == (13, 28, 31)
     assert result["actors"] == 13
     assert result["limited_by"] == "GPU memory"
-    assert result["settings"] == {"scaling.actors": 13, "scaling.learner_gpus": 0.66, "scaling.actor_gpus": 0.1}
+    assert result["settings"] == {"scaling.actors": 13, "scaling.learner_gpus": 0.6579, "scaling.actor_gpus": 0.0922}
     assert "13 rollout actors fit, by GPU memory" in capsys.readouterr().out
+
+    # The shares that are set, though, give the learner a GPU of its own.
+    assert fit_actors(load_config(None, [*POINT, *machine, *sizes, *shares, "scaling.actors=0"])).scaling.actors == 10
 
     assert main(["plan", *POINT, *machine, *sizes, *shares, "scaling.actors=14"]) == 2
     assert "scaling.actors=14: 13 fit, by GPU memory" in capsys.readouterr().err

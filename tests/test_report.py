@@ -20,7 +20,7 @@ from launch import main
 from ript_ray.config import Config, save_config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import success_summary
-from ript_ray.report import MAX_POINTS, curve, report_html, write_report
+from ript_ray.report import MAX_POINTS, curve, report_html, report_json, write_report
 from ript_ray.runs import Run, compare_runs, difference_interval, settings_tried
 
 
@@ -81,6 +81,9 @@ def test_a_long_run_becomes_few_points_that_keep_every_episode(tmp_path: Path) -
     assert points[0]["rate"] == pytest.approx(successes / sum(row["rollout/episodes"] for row in first), rel=1e-3)
     assert points[0]["low"] < points[0]["rate"] < points[0]["high"]
     assert points[0]["physics_s"] == pytest.approx(sum(row["rollout/physics_s"] for row in first), rel=1e-3)
+    odd = curve([row | {"rollout/episodes": 12_813} for row in rows[:1]], "rollout")
+    assert odd[0]["n"] == 12_813
+    assert "loss" not in odd[0]  # it is not learnt yet
     assert [point["first"] for point in points[1:]] == [point["last"] + 1 for point in points[:-1]]
 
 
@@ -168,7 +171,7 @@ def test_a_run_serves_its_page_and_nothing_else(tmp_path: Path) -> None:
             return bytes(answer.read())
 
     with report_server(run, "127.0.0.1", 0) as address:
-        assert get("/").decode() == report_html(Run.load(run))
+        assert get("/").decode() == report_html(report_json(Run.load(run)))
         assert json.loads(get("/report.json"))["updates"] == {"done": 3, "planned": 3}
         assert get("/videos/00003-failure.mp4") == b"film"
         part = urllib.request.Request(f"{address}/videos/00003-failure.mp4", headers={"Range": "bytes=1-2"})

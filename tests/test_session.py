@@ -42,6 +42,8 @@ def fits(**settings: object) -> bool:
         ({"actors": 3, "actor_cpus": 1, "learners": 1, "learner_cpus": 2}, True),
         ({"actors": 5, "actor_cpus": 0.5, "learners": 1, "learner_cpus": 2}, True),
         ({"actors": 1, "actor_cpus": 3, "learners": 1, "learner_cpus": 3}, True),
+        ({"actors": 2, "actor_cpus": 1, "learners": 1, "learner_cpus": 3}, False),  # one on each
+        ({"actors": 1, "actor_cpus": 1, "learners": 1, "learner_gpus": 1, "learner_cpus": 3}, True),  # on the other
         ({"learners": 2, "learner_cpus": 2, "learner_labels": {"role": "learner"}}, False),
         ({"learners": 0, "learner_cpus": 2, "learner_labels": {"role": "nobody"}}, True),
     ],

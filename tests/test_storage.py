@@ -24,7 +24,7 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
     (run / "learners/0").mkdir(parents=True)
     (run / "config.yaml").write_text("run: {}\n")
     (run / "checkpoints/0001/model.safetensors").write_bytes(bytes(1000))
-    (run / "metrics.jsonl").write_text('{"update": 1}\n{"upd')
+    (run / "metrics.jsonl").write_text('{"update": 0}\n{"upd')
     (run / ".metrics.jsonl.partial").write_text("{}")
     (run / "learners/0/state").write_text("of Ray Train")
     assert not restore(url, back)
@@ -32,7 +32,7 @@ def test_a_run_comes_back_as_it_was_when_last_copied(tmp_path: Path, as_url: boo
         (run / "journal.jsonl").write_text('{"kind": "session"}\n{"kind": "pla')
         storage({})
     (run / "journal.jsonl").write_text('{"kind": "session"}\n')
-    (run / "metrics.jsonl").write_text('{"update": 1}\n')
+    (run / "metrics.jsonl").write_text('{"update": 0}\n')
     kept = {name: content for name, content in files_of(run).items() if not name.startswith((".", "learners"))}
     assert files_of(place) == kept
     assert restore(url, back)
@@ -132,6 +132,15 @@ def test_a_restore_that_is_interrupted_is_not_taken_for_whole(tmp_path: Path) ->
     (back / "z.json").rmdir()
     assert restore(str(place), back)
     assert files_of(back) == files_of(place)
+
+
+def test_what_the_journal_does_not_know_yet_is_no_metric(tmp_path: Path) -> None:
+    place, back = tmp_path / "place", tmp_path / "back"
+    place.mkdir()
+    (place / "journal.jsonl").write_text('{"kind": "session"}\n{"kind": "collected", "step": 0}\n{"kind": "played"}\n')
+    (place / "metrics.jsonl").write_text('{"update": 1}\n{"update": 1, "a/b": 2}\n{"update": 2}\n')
+    assert restore(str(place), back)
+    assert (back / "metrics.jsonl").read_text() == '{"update": 1}\n{"update": 1, "a/b": 2}\n'
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

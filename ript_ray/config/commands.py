@@ -116,7 +116,7 @@ class BenchConfig(Section):
     injections: int = Field(default=100, ge=1)
     """Faults that ``bench faults`` injects."""
     job_timeout_s: float = Field(default=7200.0, gt=0.0)
-    """Longest time of a job in ``bench async`` and ``bench soak``."""
+    """Longest time of a job in ``bench async``, ``bench faults`` and ``bench soak``."""
     soak_updates: int = Field(default=240, ge=1)
     """Updates of the job that ``bench soak`` watches; the default job would make so many in a day."""
     simulated: int = Field(default=1000, ge=1)

@@ -55,6 +55,11 @@ class DataConfig(Section):
     """Of LeRobot datasets: the feature that is the state; ``state`` or ``observation.state`` by default."""
     actions: str | None = None
     """Of LeRobot datasets: the feature that is the action; ``actions`` or ``action`` by default."""
+    observed: Literal["after", "before"] | None = None
+    """Of HDF5: was an observation made after the action of its row, as in LIBERO's own files, or before it, as in files
+    made again by replaying? By default as in LIBERO's own, and other files are refused."""
+    leave_out: tuple[int, ...] = ()
+    """Of LeRobot datasets: episodes that are not read, damaged ones for example."""
     frame_every: int = Field(default=1, ge=1)
     """Of LeRobot datasets and HDF5: read every n-th frame, where windows start, and all actions."""
     dataset_version: Literal["v3.0", "v2.1"] = "v3.0"

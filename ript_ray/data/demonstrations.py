@@ -51,16 +51,22 @@ def read_demonstrations(
     """
     data = data or DataConfig()
     if path.is_dir():
-        names = {"cameras": data.cameras, "state": data.state, "actions": data.actions}
-        every = data.frame_every
-        return read_dataset(path, env_id=env_id, names=names, every=every, image_size=image_size, frames=frames)
+        return read_dataset(
+            path,
+            env_id=env_id,
+            names={"cameras": data.cameras, "state": data.state, "actions": data.actions},
+            every=data.frame_every,
+            out=data.leave_out,
+            image_size=image_size,
+            frames=frames,
+        )
     if path.suffix in _HDF5:
         from ript_ray.data.hdf5 import read_hdf5
 
         # What such a file says of itself is the goal file's text, which differs from the benchmark's in 29 tasks.
         task = task_called(path.stem.removesuffix("_demo"))
         said = None if task is None else task.instruction
-        return read_hdf5(path, env_id=env_id, instruction=said, every=data.frame_every)
+        return read_hdf5(path, env_id=env_id, instruction=said, every=data.frame_every, observed=data.observed)
     return iter(load_trajectories(path))
 
 

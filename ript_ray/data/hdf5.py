@@ -27,7 +27,7 @@ def read_hdf5(
     env_id: str,
     instruction: str | None = None,
     every: int = 1,
-    observed: Literal["after", "before"] = "after",
+    observed: Literal["after", "before"] | None = None,
 ) -> Iterator[Trajectory]:
     """The demonstrations of a file in order, one in memory at a time.
 
@@ -42,7 +42,8 @@ def read_hdf5(
         instruction: what was to be done; by default what the file says.
         every: keep only the frames of every so-many-th step.
         observed: whether an observation was made after the action of the same row, as in LIBERO's own files, or
-            before it, as in files that were made again by replaying those.
+            before it, as in files that were made again by replaying those. By default after, in a file that says as
+            much of itself as LIBERO's do; others are refused.
 
     Raises:
         UserError: when h5py is not installed, or something is missing, damaged or not as described: in the file's
@@ -54,15 +55,22 @@ def read_hdf5(
         raise UserError(f"{path} cannot be read without the package h5py; install it with: pip install h5py") from error
     if every < 1:
         raise UserError(f"every is {every}, expected 1 or more")
-    if observed not in ("after", "before"):
+    if observed not in ("after", "before", None):
         raise UserError(f"observed is {observed!r}, expected 'after' or 'before'")
     with readable(path), h5py.File(path, "r") as file:
         data = _item(file, "data", h5py.Group, path)
         demos = sorted((int(name[5:]), name) for name in data if name.startswith("demo_"))
         about = json.loads(data.attrs.get("problem_info", "{}"))
         convention = str(data.attrs.get("macros_image_convention", "opengl"))
+        own = bool({"problem_info", "macros_image_convention"} & set(data.attrs))
     if not demos:
         raise UserError(f"{path} has no data/demo_0; {_AGAIN}")
+    if observed is None and not own:
+        raise UserError(
+            f"{path}: its data has neither problem_info nor macros_image_convention, as LIBERO's own have; was each "
+            "observation made before the action of its row, as in files that were made again by replaying (OpenVLA's "
+            "no_noops), or after it? set data.observed=before or after"
+        )
     text = instruction or (about.get("language_instruction") if isinstance(about, dict) else None)
     if not isinstance(text, str):
         raise UserError(f"{path}: its problem_info has no language_instruction, but {about!r}; pass instruction=…")
@@ -74,7 +82,8 @@ def read_hdf5(
             for number, name in demos:
                 stored = _stored(h5py, file, name, path)
                 context = Context(env_id, None, seed=number)
-                yield _trajectory(stored, f"{path}: data/{name}", context, text, every, observed, _ROWS[convention])
+                when = observed or "after"
+                yield _trajectory(stored, f"{path}: data/{name}", context, text, every, when, _ROWS[convention])
 
     return trajectories()
 

@@ -40,23 +40,26 @@ def read_json_lines(file: Path, repair: bool = False, containing: str = "") -> l
     Raises:
         UserError: when another line is damaged.
     """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    wanted = containing.encode()
-    entries = []
-    for i, line in enumerate(lines):
-        if wanted not in line:
-            continue
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("cut short")
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if i < len(lines) - 1:
+    if not file.exists():
+        return []
+    wanted, entries = containing.encode(), []
+    damage: ValueError | None = None
+    number = whole = 0  # lines, and their bytes, before the damaged one
+    with file.open("rb") as lines:
+        for line in lines:
+            if damage is not None:
                 raise UserError(
-                    f"{file}: line {i + 1} is damaged ({error}); cut the file before it: what it told after that is "
-                    "done again"
-                ) from error
-            if repair:
-                with file.open("r+b") as damaged:
-                    damaged.truncate(sum(map(len, lines[:-1])))
+                    f"{file}: line {number + 1} is damaged ({damage}); cut the file before it: what it told after that "
+                    "is done again"
+                ) from damage
+            try:
+                if wanted in line:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("cut short")
+                    entries.append(json.loads(line))
+                number, whole = number + 1, whole + len(line)
+            except ValueError as error:
+                damage = error
+    if damage is not None and repair:
+        os.truncate(file, whole)
     return entries

@@ -87,15 +87,19 @@ def load_trajectory(path: Path) -> Trajectory:
         return _unpack(tensors, "", plain)
 
 
-def forget_trajectory(path: Path) -> None:
-    """Leave of an episode's file only its record.
+def forget_trajectory(path: Path) -> bool:
+    """Leave of an episode's file only its record; whether there was more.
 
     Raises:
         OSError: when the disk does not take it.
         UserError: when the file is damaged.
     """
     record, made_with = load_episode(path)
+    with safe_open(path, framework="numpy") as file:
+        if "trajectory" not in file.metadata():
+            return False
     save_episode(path, record, made_with=made_with)
+    return True
 
 
 def simulator_versions() -> dict[str, str]:

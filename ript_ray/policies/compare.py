@@ -7,7 +7,7 @@ file: a safetensors of the same stages (`save_stages`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Difference:
     mean: float
     """Mean absolute difference."""
     deviation: float
-    """Standard deviation of the first policy's values, to compare with."""
+    """Standard deviation of the first policy's values, to compare with; 0 for whole numbers, of which none may differ.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Comparison:
     """All stages that both have, in the order in which they are computed."""
 
     differences: list[Difference]
+    alone: list[str]
+    """Stages that only one of them has."""
     tolerance: float
     """Differences of so many standard deviations are rounding."""
 
@@ -62,6 +65,8 @@ class Comparison:
         for d in self.differences:
             share = d.mean / d.deviation if d.deviation != 0 else 0.0
             lines.append(f"{d.stage:<16}{d.largest:>12.3g}{d.mean:>12.3g}{share:>13.1%}")
+        if self.alone:
+            lines.append(f"only one of them has {', '.join(map(repr, self.alone))}")
         final = next((d for d in self.differences if d.stage == "position cm"), None)
         end = (
             ""
@@ -103,12 +108,12 @@ def stages_of(
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with recording() as stages:
         chunk, _ = policy.act(frames, states, instructions, noise, guidance, steps)
-    arrays = {name: np.asarray(value.float().cpu()) for name, value in stages.items()}
+    arrays = {name: np.asarray((v.float() if v.is_floating_point() else v).cpu()) for name, v in stages.items()}
     return arrays | {"action": chunk.numpy(), "position cm": 100 * METRES * chunk[..., :3].numpy()}
 
 
 def observations(
-    data: DataConfig, frame_size: int | None, image_size: int, count: int = 4
+    data: DataConfig, frame_size: int | None, image_size: int, state_dim: int = 8, count: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Frames, states and instructions to compare on.
 
@@ -116,13 +121,14 @@ def observations(
         data: names demonstrations, whose first looks are taken; noise if there are none.
         frame_size: that the policies take, in pixels; None: any, so that a dataset's frames stay as they are.
         image_size: of noise for policies that take any.
+        state_dim: of noise.
         count: how many.
     """
     demos = resolve(data.demos)
     if not demos.exists():
         rng, size = np.random.default_rng(0), frame_size or image_size
         frames = rng.integers(0, 256, (count, 2, size, size, 3), dtype=np.uint8)
-        states = rng.normal(size=(count, 8)).astype(np.float32)
+        states = rng.normal(size=(count, state_dim)).astype(np.float32)
         return torch.from_numpy(frames), torch.from_numpy(states), ["pick up the bowl"] * count
     looks = [
         (demo.frames[i], demo.states[step], demo.instruction)
@@ -133,9 +139,23 @@ def observations(
     return torch.from_numpy(np.stack(seen)), torch.from_numpy(np.stack(felt)), list(said)
 
 
-def compare(a: Stages, b: Stages, tolerance: float = 1e-3) -> Comparison:
-    """The differences at all stages that both have."""
-    return Comparison([_difference(stage, a[stage], b[stage]) for stage in a if stage in b], tolerance)
+def compare(a: Stages, b: Stages, tolerance: float = 1e-3, order: Iterable[str] | None = None) -> Comparison:
+    """The differences at all stages that both have.
+
+    Args:
+        a: of the one.
+        b: of the other.
+        tolerance: see `Comparison`.
+        order: in which stages are computed; that of ``a`` by default.
+
+    Raises:
+        UserError: when they have none in common.
+    """
+    shared = [stage for stage in order or a if stage in a and stage in b]
+    if not shared:
+        raise UserError(f"no stage is in both: one has {', '.join(a)}, the other {', '.join(b)}")
+    differences = [_difference(stage, a[stage], b[stage]) for stage in shared]
+    return Comparison(differences, [stage for stage in {**a, **b} if stage not in shared], tolerance)
 
 
 def save_stages(path: Path, stages: Mapping[str, np.ndarray]) -> None:
@@ -161,4 +181,5 @@ def _difference(stage: str, a: np.ndarray, b: np.ndarray) -> Difference:
     if a.shape != b.shape:
         return Difference(stage, float("inf"), float("inf"), float(np.std(a)))
     apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    return Difference(stage, float(apart.max(initial=0.0)), float(apart.mean()), float(np.std(a)))
+    whole = np.issubdtype(a.dtype, np.integer) and np.issubdtype(b.dtype, np.integer)
+    return Difference(stage, float(apart.max(initial=0.0)), float(apart.mean()), 0.0 if whole else float(np.std(a)))

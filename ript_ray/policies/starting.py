@@ -16,15 +16,15 @@ def keep_starting_policy(config: Config, run_dir: Path) -> Policy:
     """The policy that a run begins with, of which it keeps a copy: the checkpoint may be another when it goes on."""
     kept = run_dir / "start"
     if kept.exists() and (run_dir / "journal.jsonl").exists():  # else it is of a run that never began
-        return load_policy_to_train(config, kept)
+        return load_starting_policy(config, kept)
     policy = load_policy_to_train(config)
     save_policy(kept, policy)
     return policy
 
 
-def load_policy_to_train(config: Config, folder: Path | None = None) -> Policy:
+def load_policy_to_train(config: Config) -> Policy:
     """`load_starting_policy`, of one that can be trained as the settings say."""
-    policy = load_starting_policy(config, folder)
+    policy = load_starting_policy(config)
     check_chunk(f"policy.checkpoint={config.policy.checkpoint!r}", policy, config.data)
     trial = empty_policy(policy.describe())
     adapt(trial, config.train)

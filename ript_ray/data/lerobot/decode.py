@@ -115,7 +115,7 @@ def decode_vectors(table: pa.Table, name: str, width: int, where: str) -> np.nda
         step, i = wrong[0]
         raise UserError(
             f"{where}: {name}[{i}] at step {step} is {flat[int(step) * width + int(i)]}, expected a finite float32; "
-            f"leave the episode out with episodes=…"
+            f"leave the episode out: data.leave_out"
         )
     return values
 

@@ -28,7 +28,7 @@ def read_dataset(
     env_id: str,
     names: Mapping[str, Any] = MappingProxyType({}),
     every: int = 1,
-    episodes: Collection[int] | None = None,
+    out: Collection[int] = (),
     image_size: int | None = None,
     frames: bool = True,
 ) -> Iterator[Trajectory]:
@@ -46,7 +46,7 @@ def read_dataset(
             ``wrist_image``, ``state``, ``actions``) or LeRobot's (``observation.images.*`` in their order,
             ``observation.state``, ``action``) are recognised.
         every: keep only the frames of every so-many-th step.
-        episodes: indices of those to read; all by default.
+        out: indices of episodes that are left out.
         image_size: scale frames to this height and width, with black bars if they are not square; by default they stay
             as they are, or, where the cameras differ in size, become squares of the longest side.
         frames: False leaves the cameras unread; trajectories have no frames then.
@@ -62,12 +62,10 @@ def read_dataset(
     keys = _checked(info, _recognised(info, {field: name for field, name in names.items() if name}))
     keys = keys if frames else replace(keys, cameras=())
     places = find_episodes(info, [name for name in keys.cameras if info.features[name].dtype == "video"])
-    if episodes is not None:
-        unknown = sorted(set(episodes) - {place.episode for place in places})
-        if unknown:
-            raise UserError(f"{root} has no episode {unknown[0]}, only 0 to {len(places) - 1}")
-        places = [place for place in places if place.episode in set(episodes)]
-    return _Reader(info, keys, env_id, every, image_size).trajectories(places)
+    if unknown := sorted(set(out) - {place.episode for place in places}):
+        raise UserError(f"data.leave_out: {root} has no episode {unknown[0]}, only 0 to {len(places) - 1}")
+    read = [place for place in places if place.episode not in set(out)]
+    return _Reader(info, keys, env_id, every, image_size).trajectories(read)
 
 
 class _Reader:
@@ -129,7 +127,7 @@ class _Reader:
     def _instruction(self, place: Place, table: pa.Table, where: str) -> str:
         indices = sorted(set(decode_integers(table, "task_index", where).tolist()))
         if len(indices) > 1:
-            raise UserError(f"{where} has tasks {indices}, expected one an episode; leave it out with episodes=…")
+            raise UserError(f"{where} has tasks {indices}, expected one an episode; leave it out: data.leave_out")
         text = self._instructions.get(indices[0])
         if text is None or text not in place.tasks:
             raise UserError(

@@ -82,6 +82,11 @@ def adopt(checkpoint: Checkpoint, settings: ConvertConfig) -> Pi0Policy:
             "(use_relative_actions); expected the number of first action dimensions that are: set convert.relative, as "
             "5 for an SO100 arm whose gripper is not (relative_exclude_joints)"
         )
+    if checkpoint.config.get("adapt_to_pi_aloha"):
+        raise UserError(
+            f"{checkpoint.path} was trained with adapt_to_pi_aloha=true: its joints are turned and its grippers scaled "
+            "to those of openpi's Aloha, which this project does not do; expected a checkpoint without"
+        )
     tokenizer = PromptTokenizer.load(Path(settings.tokenizer) if settings.tokenizer else checkpoint.path)
     _check_words(tokenizer, config)
     weights = {from_openpi(name): _in_float32(checkpoint.tensors.load(name)) for name in checkpoint.tensors.shapes}

@@ -23,6 +23,7 @@ from actors.pool import SamplePool
 from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn
 from ript_ray.config import Config
+from ript_ray.errors import UserError
 from ript_ray.types import Context, EpisodeReport
 
 _HOSTS = 2
@@ -118,6 +119,8 @@ def _cpu_seconds(actors: dict[str, Any]) -> dict[str, float]:
 def measure(config: Config) -> dict[str, Any]:
     """Share of their time that simulated actors spend in episodes, and what goes through the control plane."""
     seats = config.bench.simulated
+    if config.train.updates < 2:
+        raise UserError("train.updates=1: expected two or more, since what is measured lies between them")
     size = config.sampling.group_size
     groups = max(1, seats // size)
     config = config.model_copy(
@@ -135,39 +138,37 @@ def measure(config: Config) -> dict[str, Any]:
         coordinator = spawn(Coordinator, config, actors, pool, store, Path(folder), [], name="Coordinator")
         control = {"coordinator": coordinator, "pool": pool, "weight store": store}
         limit = config.scaling.wait_timeout_s
-        started = time.perf_counter()
         collecting = coordinator.run.remote()
         idle = 0.0
-        marks = []
+        marks: list[_Mark] = []
         for step in range(config.train.updates):
             waiting = time.perf_counter()
             ray.get(pool.next_shard.remote(step, 0, 1, limit), timeout=limit + 30)
-            idle += time.perf_counter() - waiting
+            idle += time.perf_counter() - waiting if marks else 0.0
             busy = sum(ray.get([host.busy.remote() for host in hosts], timeout=60))
             episodes = ray.get(coordinator.totals.remote(), timeout=60)["episodes"]
             marks.append(_Mark(time.perf_counter(), busy, episodes, _cpu_seconds(control)))
             time.sleep(_LEARNER_SHARE * _EPISODE_S)
             publish(store, step + 1, {}, "")
         ray.get(collecting, timeout=limit)
-        wall = time.perf_counter() - started
         totals = ray.get(coordinator.totals.remote(), timeout=60)
         counts = ray.get(pool.stats.remote(), timeout=60)
     # From the first shard to the last: before, all begin at once, and at the end there is nothing left to open.
     first, last = marks[0], marks[-1]
-    episodes = last.episodes - first.episodes
+    episodes, seconds = last.episodes - first.episodes, last.time - first.time
     return {
         "benchmark": "control",
         "actors": seats,
         "episode_seconds": {"mean": _EPISODE_S, "log_deviation": _SPREAD},
         "episodes": totals["episodes"],
-        "episodes_per_second": totals["episodes"] / wall,
-        "in_episodes": (last.busy - first.busy) / (seats * (last.time - first.time)),
+        "episodes_per_second": episodes / seconds,
+        "in_episodes": (last.busy - first.busy) / (seats * seconds),
         "measured": {
-            "seconds": last.time - first.time,
+            "seconds": seconds,
             "episodes": episodes,
             "cpu_seconds": {name: last.cpu[name] - first.cpu[name] for name in control},
         },
         "bytes_per_episode": _TRAJECTORY_BYTES,
-        "learner_idle": idle / wall,
+        "learner_idle": idle / seconds,
         "staleness": counts["staleness"],
     }

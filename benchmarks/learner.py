@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import ray
@@ -15,7 +19,7 @@ import torch
 from actors.home import Home
 from actors.pool import SamplePool
 from cluster.session import ResourcePlan, ray_session, spawn
-from learner.loop import learner_group, plan_steps
+from learner.loop import KEEP_FREED_MEMORY, learner_group, plan_steps
 from learner.update import update
 from ript_ray.config import Config
 from ript_ray.data.windows import seen_starts, shuffled_batches
@@ -52,7 +56,7 @@ class Recorder:
         return []
 
     def log(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+        self._rows.append(row | {"seconds": time.perf_counter()})
 
     def learning(self, step: int, done: int, expected: int) -> None:
         pass
@@ -81,20 +85,25 @@ class _Sink:
 def measure_speed(config: Config) -> dict[str, Any]:
     """Samples per second of the same update, on the same data, in a plain loop and through Ray.
 
-    Medians of several updates, the plain ones half before and half after, since a machine's speed drifts. The first
-    update of each process is left out: what a process does once (imports, warming up) is not counted.
+    Medians of several updates, the plain ones half before and half after, since a machine's speed drifts. Those through
+    Ray take from one row of metrics to the next, with all that lies between: the checkpoint, the weights, the samples.
+    The first update of each process is left out: what a process does once (imports, warming up) is not counted. The
+    plain loop has the learners' settings of memory allocation.
 
     A third loop is plain, but runs while Ray is up with nothing to do: ``ratio_beside_idle_ray`` is what the way
     through Ray costs, the rest of ``ratio`` is what Ray's own processes take of the machine.
     """
-    trajectories = make_trajectories(80, config.env.image_size)
-    plain = _plain_loop(config, trajectories)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"min_steps": 1})})  # minutes suffice
+    plain = _in_a_learners_process(config)
     with ray_session(config.scaling, ResourcePlan.of(config.scaling)):
         time.sleep(_SETTLE_S)
-        beside = _plain_loop(config, trajectories)
-        rows = _through_ray(config, trajectories, updates=1 + 2 * _REPEATS)[1:]
-    plain += _plain_loop(config, trajectories)
-    through_ray = [row["learner/steps"] * config.train.batch_size / row["learner/busy_s"] for row in rows]
+        beside = _in_a_learners_process(config)
+        rows = _through_ray(config, make_trajectories(80, config.env.image_size), updates=1 + 2 * _REPEATS)
+    plain += _in_a_learners_process(config)
+    through_ray = [
+        row["learner/steps"] * config.train.batch_size / (row["seconds"] - before["seconds"])
+        for before, row in itertools.pairwise(rows)
+    ]
     return {
         "benchmark": "learner",
         "plain_samples_per_s": plain,
@@ -154,8 +163,15 @@ def make_policy(image_size: int, sizes: FlowConfig | None = None) -> FlowPolicy:
     return FlowPolicy(sizes or FlowConfig(), transform, torch.zeros(50, 7), torch.ones(50, 7))
 
 
-def _plain_loop(config: Config, trajectories: list[Trajectory]) -> list[float]:
+def _in_a_learners_process(config: Config) -> list[float]:
+    """`_plain_loop` in a process whose memory is allocated as that of learners."""
+    with mock.patch.dict(os.environ, KEEP_FREED_MEMORY), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_plain_loop, (config,))
+
+
+def _plain_loop(config: Config) -> list[float]:
     """Samples per second of each update but the first, without Ray: everything in this process."""
+    trajectories = make_trajectories(80, config.env.image_size)
     torch.set_num_threads(config.scaling.learner_threads)
     train = config.train
     index = [

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, resolve
 from ript_ray.data.shards import make_shard, trained_starts
 from ript_ray.errors import UserError, nearest
-from ript_ray.evaluation import evaluation_contexts, wilson_interval
+from ript_ray.evaluation import evaluation_contexts, success_summary
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
@@ -90,6 +90,10 @@ class _Players:
             played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
         return [played[context] for context in contexts]
 
+    def successes(self, contexts: Sequence[Context], guidance: float) -> list[bool]:
+        """How evaluation ends, by context."""
+        return [bool(trajectory.success) for trajectory in self.play(contexts, guidance, exploring=False)]
+
 
 @dataclass(slots=True)
 class _Run:
@@ -103,6 +107,8 @@ class _Run:
     seconds: list[float] = field(default_factory=lambda: [0.0])
     """Of rollouts and updates so far, at each evaluation."""
     successes: list[int] = field(default_factory=list)
+    outcomes: list[bool] = field(default_factory=list)
+    """Of the last evaluation, by context."""
     update_seconds: list[float] = field(default_factory=list)
     training_rates: list[float] = field(default_factory=list)
 
@@ -136,11 +142,12 @@ def measure(config: Config) -> dict[str, Any]:
         store = spawn(WeightStore, name="WeightStore")
         actors, _ = start_actors(RolloutActor, config.scaling, config, start.describe(), "WeightStore")
         players = _Players(config, actors, store)
-        result["versions"] = versions(ray.get(actors[0].renderer.remote()))
+        made_with = versions(ray.get(actors[0].renderer.remote()))
         players.adopt(start)
         contexts = evaluation_contexts(config)["held_out"]
-        if "base" not in result:
-            result["base"] = sum(t.success for t in players.play(contexts, 1.0, exploring=False))
+        scales = {scale for name in names for scale in _scales(name)}
+        base = result.setdefault("base", {})
+        base |= {f"{s:g}": players.successes(contexts, s) for s in sorted(scales) if f"{s:g}" not in base}
         for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
             missing = [name for name in names if (_label(name, _scales(name)[-1]), seed) not in done]
             if not missing:
@@ -149,11 +156,14 @@ def measure(config: Config) -> dict[str, Any]:
             sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
             began = time.perf_counter()
             first = _collect(players, sampler, 0)
-            first_seconds = time.perf_counter() - began
+            took = result.setdefault("rollout_seconds", {})  # when they were made first: the same work for all
+            first_seconds = took.setdefault(str(seed), time.perf_counter() - began)
             for name in missing:
-                runs = _learn(configs[name], players, start, (name, seed, result["base"]), (first, first_seconds))
-                result["runs"] += [asdict(run) for run in runs]
-                result["table"] = _table(result["runs"], len(contexts))
+                runs = _learn(configs[name], players, start, (name, seed), (first, first_seconds))
+                for scale, run in runs.items():
+                    run.successes.insert(0, sum(base[f"{scale:g}"]))
+                    result["runs"].append(asdict(run) | {"versions": made_with})
+                result["table"] = _table(result["runs"], [context.start for context in contexts])
                 write_json(folder / "objectives.json", result)
                 plot(folder / "objectives.png", result, len(contexts))
     return result
@@ -173,22 +183,22 @@ def _begun(file: Path, config: Config, start_sha256: str) -> dict[str, Any]:
 
 
 def _learn(
-    config: Config, players: _Players, start: Policy, which: tuple[str, int, int], shared: tuple[list[_Group], float]
-) -> list[_Run]:
+    config: Config, players: _Players, start: Policy, which: tuple[str, int], shared: tuple[list[_Group], float]
+) -> dict[float, _Run]:
     """All rounds of one objective: collect (the first time: take what is shared), update from the start, evaluate.
 
     Args:
         config: of the comparison, with what is the objective's own.
         players: play.
         start: the starting policy.
-        which: name of the variant, seed, and successes of the starting policy.
+        which: name of the variant, and seed.
         shared: the first round's rollouts, and the seconds that they took.
 
     Returns:
-        One run for each scale of guidance.
+        One run for each scale of guidance, without the successes of the starting policy.
     """
-    name, seed, base = which
-    runs = {scale: _Run(_label(name, scale), seed, successes=[base]) for scale in _scales(name)}
+    name, seed = which
+    runs = {scale: _Run(_label(name, scale), seed) for scale in _scales(name)}
     sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
     contexts = evaluation_contexts(config)["held_out"]
     groups: list[_Group] = []
@@ -209,8 +219,9 @@ def _learn(
             run.training_rates.append(float(np.mean([group.rewards for group in new])))
             run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
             run.seconds.append(run.seconds[-1] + seconds + took)
-            run.successes.append(sum(t.success for t in players.play(contexts, scale, exploring=False)))
-    return list(runs.values())
+            run.outcomes = players.successes(contexts, scale)
+            run.successes.append(sum(run.outcomes))
+    return runs
 
 
 def _scales(name: str) -> tuple[float, ...]:
@@ -281,17 +292,19 @@ def _config_of(config: Config, variant: str) -> Config:
         raise UserError(f"bench.objectives, {variant!r}: {error.errors()[0]['msg']}") from None
 
 
-def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
+def _table(runs: list[dict[str, Any]], starts: Sequence[Hashable]) -> list[dict[str, Any]]:
     """Success of each objective after the last round, all seeds together, with the 95 % interval; and its cost.
 
-    That interval takes the updates as they were. An update's own noise is larger, so ``difference`` compares seed by
-    seed with `CONTROL` (of the same rollouts): the mean over seeds, and its 95 % interval by Student's t.
+    That interval takes the updates as they were, and knows which episodes share a start. An update's own noise is
+    larger, so ``difference`` compares seed by seed with `CONTROL` (of the same rollouts): the mean over seeds, and its
+    95 % interval by Student's t.
     """
+    episodes = len(starts)
     control = {run["seed"]: run["successes"][-1] / episodes for run in runs if run["objective"] == CONTROL}
     rows = []
     for name in dict.fromkeys(run["objective"] for run in runs):
         own = [run for run in runs if run["objective"] == name]
-        successes, total = sum(run["successes"][-1] for run in own), episodes * len(own)
+        together = success_summary([won for run in own for won in run["outcomes"]], [*starts] * len(own))
         by_seed = [run["successes"][-1] / episodes for run in own]
         pairs = zip(own, by_seed, strict=True)
         differences = [rate - control[run["seed"]] for run, rate in pairs if run["seed"] in control]
@@ -299,10 +312,7 @@ def _table(runs: list[dict[str, Any]], episodes: int) -> list[dict[str, Any]]:
             {
                 "objective": name,
                 "seeds": len(own),
-                "successes": successes,
-                "episodes": total,
-                "rate": successes / total,
-                "ci95": list(wilson_interval(successes, total)),
+                **together,
                 "by_seed": by_seed,
                 "difference": _mean_with_interval(differences) if name != CONTROL else None,
                 "update_seconds": float(np.mean([s for run in own for s in run["update_seconds"]])),

@@ -17,6 +17,7 @@ import psutil
 
 from benchmarks.job import Job, new_folder, with_start
 from ript_ray.config import Config
+from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
 from ript_ray.reporting import write_json
 from ript_ray.watchdog import private_mb
@@ -55,16 +56,16 @@ def measure(config: Config) -> dict[str, Any]:
     names: dict[int, str] = {}
     shared: list[_Sample] = []
     while not job.has_ended() and time.monotonic() - began < config.bench.job_timeout_s:
-        done = len(list((job.folder / "checkpoints").glob("[0-9]*")))
+        done = sum("learner/steps" in row for row in read_json_lines(job.folder / "metrics.jsonl"))
         for process, name, sample in _processes(job.pid, done):
             processes[process].append(sample)
             names[process] = name
         shared.append(_Sample(done, psutil.disk_usage("/dev/shm").used / 1e6, 0))
         time.sleep(_EVERY_S)
     summary = job.finish(0.0)
-    half = updates // 2
+    half = updates // 2  # and not what comes once, at the end: comparing updates, evaluation, pictures
     lasting = {
-        f"{names[process]} {process}": [sample for sample in samples if sample.update >= half]
+        f"{names[process]} {process}": [sample for sample in samples if half <= sample.update < updates]
         for process, samples in processes.items()
         if samples[0].update < half and samples[-1].update >= updates - 2
     }
@@ -76,7 +77,7 @@ def measure(config: Config) -> dict[str, Any]:
         "episodes": summary["episodes"],
         "seconds": time.monotonic() - began,
         "processes": told,
-        "shared_memory": _told([sample for sample in shared if sample.update >= half]),
+        "shared_memory": _told([sample for sample in shared if half <= sample.update < updates]),
         "worst_mb_per_hour": max(row["mb_per_hour"] for row in told.values()),
     }
     write_json(folder / "soak.json", result)

@@ -105,7 +105,9 @@ class Plan:
         """Actors that the GPUs allow; None when they need none."""
         if not self.actor_gpu:
             return None
-        free = [1.0 - self.learner_share * (i in self.learners_on) for i in range(len(self.machine.gpus))]
+        needed = sum(self.actor_gpu.values())
+        large = [i for i, size in enumerate(self.machine.gpus) if _GPU_SHARE * size >= needed]
+        free = [1.0 - self.learner_share * (i in self.learners_on) for i in large]
         return sum(int(left / self.actor_share + 1e-9) for left in free)
 
     @property
@@ -235,7 +237,10 @@ def fit_actors(config: Config) -> Config:
         raise UserError("scaling.actors=0 measures this machine alone; on a cluster give the number of actors")
     made = make_plan(config)
     print(made.describe() + "; set scaling.actors to override")
-    actors = max(1, min(made.actors, _by_shares(config.scaling, len(made.machine.gpus))))
+    shares = _by_shares(config.scaling, len(made.machine.gpus))
+    if shares < made.actors:
+        print(f"{shares} of them by scaling.actor_gpus={config.scaling.actor_gpus:g} and scaling.learner_gpus")
+    actors = max(1, int(min(made.actors, shares)))
     return config.model_copy(update={"scaling": config.scaling.model_copy(update={"actors": actors})})
 
 

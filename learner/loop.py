@@ -35,7 +35,7 @@ from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Windo
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
 # learner's speed on a CPU. These keep it; the peak does not change.
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
@@ -80,7 +80,7 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
         run_config=ray.train.RunConfig(
             name="learners",
             storage_path=folder,
-            worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY},
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
             # A worker that dies takes the group with it; the group starts again at the update it was in.
             # One that finds no place is tried again each minute, not for ever.
             failure_config=ray.train.FailureConfig(

@@ -138,9 +138,10 @@ def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path
 
 def test_one_other_token_is_named_and_what_only_one_has_is_told() -> None:
     ours = {"tokens": np.array([[2, 235274, 108]]), "words": np.ones((1, 3, 4))}
-    other = compare(ours, {"tokens": np.array([[2, 235275, 108]]), "words": np.ones((1, 3, 4))})
-    assert other.first is not None
-    assert other.first.stage == "tokens"
+    for kind in (np.int64, np.float32):
+        other = compare(ours, {"tokens": np.array([[2, 235275, 108]], dtype=kind), "words": np.ones((1, 3, 4))})
+        assert other.first is not None
+        assert other.first.stage == "tokens"
     theirs = {"action": np.ones(3), "words": np.ones((1, 3, 4)) + 1, "tokens": ours["tokens"]}  # in no order
     result = compare(theirs, ours | {"state": np.ones(2)}, order=["tokens", "words", "state"])
     assert [d.stage for d in result.differences] == ["tokens", "words"]

@@ -167,7 +167,10 @@ def test_policies_that_have_played_to_be_compared_must_be_there(tmp_path: Path) 
         finally:
             ray.kill(coordinator)
 
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes/000000.safetensors").write_bytes(b"played by the first, and nobody heard of it")
     assert asked() == [2]  # nobody had played
+    assert not list((tmp_path / "episodes").iterdir())
     journal = Journal(tmp_path)
     assert journal.settle("candidates", [1, 2]) == [2]
     journal.played(0, report(FINE))

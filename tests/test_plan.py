@@ -125,6 +125,9 @@ def test_a_job_is_fitted_to_a_machine_that_is_described(tmp_path: Path, capsys: 
     # The shares that are set, though, give the learner a GPU of its own.
     assert fit_actors(load_config(None, [*POINT, *machine, *sizes, *shares, "scaling.actors=0"])).scaling.actors == 10
 
+    large = [*machine, "plan.actor_gb=4", "plan.actor_gpu_gb=77", "plan.learner_gpu_gb=50"]
+    assert main(["plan", *POINT, *large, *shares, "policy.checkpoint=random:pi0"]) == 2
+    assert "0 fit, by GPU memory" in capsys.readouterr().err
     assert main(["plan", *POINT, *machine, *sizes, *shares, "scaling.actors=14"]) == 2
     assert "scaling.actors=14: 13 fit, by GPU memory" in capsys.readouterr().err
     assert main(["plan", *POINT, *machine, *sizes, *shares, "plan.learner_gpu_gb=77"]) == 2

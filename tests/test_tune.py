@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_resume import SETTINGS
 
-from cluster.tune import most_updates
+from cluster.tune import most_updates, search_space
 from ript_ray.config import Config
+from ript_ray.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +30,22 @@ ROOT = Path(__file__).parents[1]
 )
 def test_no_trial_is_cut_before_its_last_update(search: dict[str, object], expected: int) -> None:
     assert most_updates(Config.model_validate({"train": {"updates": 3}, "tune": {"search": search}})) == expected
+
+
+def test_a_range_of_whole_numbers_has_both_ends_and_nothing_between() -> None:
+    def space(**ends: object) -> Any:
+        config = Config.model_validate(
+            {"tune": {"search": {"train.epochs": ends, "train.lr": {"low": 1e-4, "high": 1}}}}
+        )
+        return search_space(config, ROOT / "configs/default.yaml", [])
+
+    for log in (False, True):
+        drawn = {space(low=1, high=3, log=log)["train.epochs"].sample() for _ in range(60)}
+        assert drawn == {1, 2, 3}
+    assert 0.0 < space(low=1, high=3)["train.lr"].sample() < 1.0
+    for wrong in ({"low": "1e-4", "high": 3}, {"low": 3, "high": 1}, {"low": 0, "high": 3, "log": True}):
+        with pytest.raises(UserError, match="expected numbers"):
+            space(**wrong)
 
 
 @pytest.mark.slow

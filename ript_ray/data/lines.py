@@ -52,14 +52,14 @@ def read_json_lines(file: Path, repair: bool = False, containing: str = "") -> l
                     f"{file}: line {number + 1} is damaged ({damage}); cut the file before it: what it told after that "
                     "is done again"
                 ) from damage
+            if not line.endswith(b"\n"):  # somebody may be writing it just now
+                break
             try:
                 if wanted in line:
-                    if not line.endswith(b"\n"):
-                        raise ValueError("cut short")
                     entries.append(json.loads(line))
                 number, whole = number + 1, whole + len(line)
             except ValueError as error:
                 damage = error
-    if damage is not None and repair:
+    if repair and whole < file.stat().st_size:
         os.truncate(file, whole)
     return entries

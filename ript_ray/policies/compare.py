@@ -80,7 +80,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         first = self.first
-        return {"first": first.stage if first else None, "stages": [asdict(d) for d in self.differences]}
+        stages = [asdict(d) for d in self.differences]
+        return {"first": first.stage if first else None, "stages": stages, "alone": self.alone}
 
 
 def stages_of(
@@ -181,5 +182,5 @@ def _difference(stage: str, a: np.ndarray, b: np.ndarray) -> Difference:
     if a.shape != b.shape:
         return Difference(stage, float("inf"), float("inf"), float(np.std(a)))
     apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    whole = np.issubdtype(a.dtype, np.integer) and np.issubdtype(b.dtype, np.integer)
+    whole = np.issubdtype(a.dtype, np.integer) or np.issubdtype(b.dtype, np.integer)
     return Difference(stage, float(apart.max(initial=0.0)), float(apart.mean()), 0.0 if whole else float(np.std(a)))

@@ -459,4 +459,4 @@ class Coordinator:
 
     def _note(self, report: EpisodeReport) -> None:
         self._totals.note(report)
-        self._progress.one_more()
+        self._progress.one_more(earlier=self._journal.replaying)

@@ -29,6 +29,7 @@ class Progress:
         """Episodes of stages that are entered several times."""
         self._shares = _planned_work(config, training, choosing)
         self._finished = dict.fromkeys(self._shares, 0.0)
+        self._earlier = 0.0
 
     def enter(self, stage: str, expected: int) -> None:
         """Begin a stage of so many episodes, or more of the present one; the one before is finished."""
@@ -40,12 +41,14 @@ class Progress:
                 self._finished[self._stage] = 1.0
             self._stage, self._done, self._expected = stage, 0, max(expected, self._planned.get(stage, 0))
 
-    def one_more(self) -> None:
-        """An episode of this stage is done."""
+    def one_more(self, earlier: bool = False) -> None:
+        """An episode of this stage is done, or was by an earlier session."""
         with self._lock:
             self._done += 1
             if self._stage in self._finished:
                 self._finished[self._stage] = min(1.0, self._done / max(1, self._expected))
+            if earlier:
+                self._earlier = self._fraction()
 
     def learning(self, step: int, done: int, expected: int) -> None:
         """So many optimiser steps of an update are done; rollouts that run meanwhile are shown rather."""
@@ -56,14 +59,20 @@ class Progress:
                 self._stage, self._done, self._expected = stage, done, expected
 
     def now(self) -> dict[str, Any]:
-        """``stage``, ``done`` of ``expected`` in it, and the ``fraction`` of the whole job."""
+        """``stage``, ``done`` of ``expected`` in it, the ``fraction`` of the whole job, and what of that was done by
+        ``earlier`` sessions, which says nothing of the speed.
+        """
         with self._lock:
             return {
                 "stage": self._stage,
                 "done": self._done,
                 "expected": self._expected,
-                "fraction": sum(self._shares[k] * self._finished[k] for k in self._shares),
+                "fraction": self._fraction(),
+                "earlier": self._earlier,
             }
+
+    def _fraction(self) -> float:
+        return sum(self._shares[k] * self._finished[k] for k in self._shares)
 
 
 def _planned_work(config: Config, training: bool, choosing: int) -> dict[str, float]:

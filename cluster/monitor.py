@@ -20,8 +20,6 @@ log = logging.getLogger("ript_ray")
 
 _ANSWER_S = 5.0
 """That the coordinator has to answer once; whether it lives is for `Heartbeats` to say."""
-_AT_ONCE = 0.02
-"""A share of the work that is done within a second was done by an earlier session, and says nothing of the speed."""
 _INTERRUPT = signal.SIGUSR1
 """Takes the main thread out of whatever it waits for."""
 
@@ -134,7 +132,5 @@ class Monitor:
         if (now := (state["stage"], state["done"], state["fraction"], len(self.rows))) != self._last:
             self._last, self._moved = now, time.monotonic()
         self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
-        step = round(state["fraction"], 4) - self._bar.n
-        if step > _AT_ONCE:
-            self._bar.initial += step
-        self._bar.update(step)
+        self._bar.initial = state["earlier"]
+        self._bar.update(round(state["fraction"], 4) - self._bar.n)

@@ -32,7 +32,7 @@ class Worker:
         time.sleep(600)
 
     def progress(self, seen: int) -> dict[str, Any]:
-        return {"stage": "thinking", "done": 0, "expected": 1, "fraction": 0.0, "rows": []}
+        return {"stage": "thinking", "done": 0, "expected": 1, "fraction": 0.0, "earlier": 0.0, "rows": []}
 
     def close(self) -> None:
         """As the coordinator has it."""

@@ -42,6 +42,15 @@ def test_the_whole_job_is_done_when_all_its_stages_are() -> None:
     assert seen[-1] == pytest.approx(1.0)
 
 
+def test_what_earlier_sessions_did_is_told_apart() -> None:
+    progress = Progress(Config(), training=True)
+    progress.enter("evaluating before", 75)
+    for i in range(30):
+        progress.one_more(earlier=i < 20)
+    now = progress.now()
+    assert 0 < now["earlier"] == pytest.approx(now["fraction"] * 20 / 30)
+
+
 def test_rollouts_that_run_while_an_update_is_learnt_are_shown_rather() -> None:
     progress = Progress(Config(), training=True)
     progress.enter("update 2: rollouts", 8)

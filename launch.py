@@ -286,11 +286,8 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
         workers = ActorPool(actors)
         # One that dies starts again and makes the same demonstration.
         results = workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
-        made = []
-        with progress_bar(len(contexts), "demonstrations") as bar:
-            for demo in results:
-                made.append(ray.get(ray.put(demo)))
-                bar.update()
+        bar = progress_bar(len(contexts), "demonstrations", iterable=results)
+        made = [ray.get(ray.put(demo)) for demo in bar]
     file = resolve(config.data.demos)
     save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
     successes = sum(demo.success for demo in made)

@@ -8,7 +8,6 @@ on it goes on by itself. Skip lists, open groups, accepted samples and counters 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections import deque
@@ -20,6 +19,7 @@ import numpy as np
 
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
+from ript_ray.locks import take_lock
 from ript_ray.types import Context, EpisodeReport
 
 _NAME = "journal.jsonl"
@@ -168,15 +168,8 @@ def recorded_report(entry: dict[str, Any], context: Context) -> EpisodeReport:
 
 def _lock(file: TextIO) -> None:
     """Be the only one who writes. A killed run's processes may live for some seconds more."""
-    deadline = time.monotonic() + _LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"{file.name}: another process is writing it; is the run still going on?") from error
-        time.sleep(0.2)
+    if not take_lock(file, _LOCK_TIMEOUT_S):
+        raise UserError(f"{file.name}: another process is writing it; is the run still going on?")
 
 
 def wait_until_free(run_dir: Path) -> None:

@@ -76,7 +76,7 @@ class _Data:
         names = ("metrics.jsonl", "journal.jsonl", "summary.json", f"{VIDEOS}/{CAPTIONS}")
         self._run_dir, self._files = run_dir, [run_dir / name for name in names]
         self._lock = threading.Lock()
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, int]] | None = None
         self._text = ""
         self._next = 0.0
 
@@ -85,7 +85,7 @@ class _Data:
         with self._lock:
             began = time.monotonic()
             stamps = [(s.st_size, s.st_mtime_ns) for s in (file.stat() for file in self._files if file.exists())]
-            if began >= self._next and (stamps != self._seen or not self._text):
+            if began >= self._next and stamps != self._seen:
                 self._text, self._seen = report_json(Run.load(self._run_dir)), stamps
                 self._next = began + (time.monotonic() - began) / _SHARE
             return self._text

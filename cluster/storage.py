@@ -202,7 +202,8 @@ def restore(url: str, run_dir: Path) -> bool:
 
 def _drop_early_rows(run_dir: Path) -> None:
     """Rows of updates whose rollouts the journal does not have: what they tell of is done again."""
-    collected = (run_dir / _JOURNAL).read_bytes().count(b'{"kind": "collected"')
+    entries = read_json_lines(run_dir / _JOURNAL, containing='"collected"')
+    collected = sum(entry["kind"] == "collected" for entry in entries)
     rows = read_json_lines(run_dir / _ROWS)
     kept = [row for row in rows if row["update"] <= collected]
     if len(kept) < len(rows):

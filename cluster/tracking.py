@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ript_ray.errors import UserError, first_line
+from ript_ray.locks import take_lock
 
 log = logging.getLogger("ript_ray")
 
@@ -175,12 +174,7 @@ def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[s
 def _alone(file: Path) -> Iterator[None]:
     """Keep others out who would do the same at the same time, for a minute at most."""
     with file.open("w") as lock:
-        deadline = time.monotonic() + _ALONE_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.2)
+        take_lock(lock, _ALONE_S)
         yield
 
 

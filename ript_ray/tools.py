@@ -71,7 +71,8 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
     state_dims = [len(t.state_mean) for t in transforms]
     if len(set(state_dims)) > 1:
         raise UserError(f"compare {first} {second}: one takes states of {state_dims[0]}, the other of {state_dims[1]}")
-    seen = stages.observations(config.data, frame_size, config.env.image_size, *state_dims[:1])
+    state_dim = state_dims[0] if state_dims else 8  # of two files nothing is asked
+    seen = stages.observations(config.data, frame_size, config.env.image_size, state_dim)
 
     def side(path: Path) -> stages.Stages:
         if path.is_file():

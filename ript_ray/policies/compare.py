@@ -114,7 +114,7 @@ def stages_of(
 
 
 def observations(
-    data: DataConfig, frame_size: int | None, image_size: int, state_dim: int = 8, count: int = 4
+    data: DataConfig, frame_size: int | None, image_size: int, state_dim: int, count: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Frames, states and instructions to compare on.
 

@@ -38,6 +38,8 @@ from ript_ray.policies.policy import Policy
 from ript_ray.reporting import versions, write_json
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
+LAYOUT = 2
+"""Of the file of results: one of another layout is refused, not continued."""
 CONTROL = "imitation of successes"
 """What the others are compared with: failures teach nothing to the condition by which it acts."""
 _ON_POLICY = {"restart": False, "max_staleness": 0}
@@ -172,12 +174,12 @@ def measure(config: Config) -> dict[str, Any]:
 def _begun(file: Path, config: Config, start_sha256: str) -> dict[str, Any]:
     """The result so far of the same comparison, from the same start, or an empty one."""
     settings = config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
-    settings |= {"rounds": config.bench.rounds, "start_sha256": start_sha256}
+    settings |= {"rounds": config.bench.rounds, "start_sha256": start_sha256, "layout": LAYOUT}
     settings["variants"] = {name: changes | {"scales": list(_scales(name))} for name, changes in VARIANTS.items()}
     if file.exists():
         result: dict[str, Any] = json.loads(file.read_text())
         if result["settings"] != settings:
-            raise UserError(f"{file} is of other settings; choose another run.dir, or remove it")
+            raise UserError(f"{file} is of other settings or another layout; choose another run.dir, or remove it")
         return result
     return {"benchmark": "objectives", "env": config.env.id, "settings": settings, "runs": []}
 

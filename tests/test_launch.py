@@ -348,7 +348,7 @@ def test_objectives_are_compared_on_equal_footing(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["runs"][:4] == result["runs"]
     assert json.loads(file.read_text())["runs"][4]["objective"] == "nft"
     done = launch("bench", "objectives", "--config", config, *settings, "train.lr=1e-3")
-    assert "is of other settings; choose another run.dir" in done.stderr
+    assert "is of other settings or another layout; choose another run.dir" in done.stderr
     done = launch("bench", "objectives", "--config", config, "bench.objectives=[cgf]")
     assert done.returncode == 2
     assert "bench.objectives: unknown name 'cgf'; did you mean 'cfg'" in done.stderr

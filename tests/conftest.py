@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# Several processes share the cores: threads that wait for one another in a loop take them from those they wait for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +15,6 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 from ript_ray.config import Config, ScalingConfig
 from ript_ray.policies.flow import FlowConfig, FlowPolicy

@@ -15,12 +15,14 @@ from torch.nn import Parameter
 from learner.sharding import copy_whole, is_divided, shard, whole
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import ObjectiveConfig, TrainConfig
-from ript_ray.policies.adapt import adapt, merge_lora
+from ript_ray.policies.adapt import adapt, autocast, merge_lora
 from ript_ray.policies.policy import Policy, draw_shifts, sample_time, shift_images
 from ript_ray.types import Batch
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "unable to find an engine")
 """As PyTorch's CPU allocator, CUDA, cuBLAS and cuDNN, and cuDNN again, say it."""
+_LOSS_SCALE = 65536.0
+"""Of ``train.precision=float16`` at the beginning of an update, as PyTorch's ``GradScaler`` begins."""
 Load = Callable[[], Batch]
 """Gathers one micro-batch; called when its turn comes, so that only one is in memory."""
 
@@ -49,6 +51,9 @@ class NonFinite(RuntimeError):
         self.step = step
 
 
+_State = tuple[torch.Tensor, dict[str, torch.Tensor], int]
+
+
 @dataclass(slots=True)
 class _Terms:
     """What the loss of an update is made of."""
@@ -64,6 +69,18 @@ class _Terms:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sum over samples of each diagnostic."""
     samples: int = 0
+    scale: float = 1.0
+    """Factor of the loss in the backward pass, a power of two: gradients below 6e-8 would vanish in float16."""
+
+    def state(self) -> _State:
+        """What a step changes before the optimiser's."""
+        return self.generator.get_state(), dict(self.sums), self.samples
+
+    def go_back(self, state: _State) -> None:
+        """Before the step: it draws the same noise again."""
+        random, sums, self.samples = state
+        self.generator.set_state(random)
+        self.sums = dict(sums)
 
     def note(self, name: str, values: torch.Tensor) -> None:
         """Add one diagnostic of some samples; on the policy's device, so that nothing waits for it."""
@@ -117,18 +134,15 @@ def update(
     on_gpu = parameters[0].device.type == "cuda"
     optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=on_gpu or None)
     terms = _Terms(trained, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
+    if train.precision == "float16":
+        terms.scale = _LOSS_SCALE
     average: list[torch.Tensor] = []
     losses: list[float] = []
     norms: list[float] = []
     pieces = 1
     trained.train()
     for index, step in enumerate(steps):
-        loss, pieces = _accumulate_that_fits(terms, step, pieces)
-        if mesh is not None:
-            dist.all_reduce(loss)
-        elif dist.is_initialized() and dist.get_world_size() > 1:
-            _sum_over_learners(parameters, loss)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm))
+        loss, norm, pieces = _gradients(terms, step, parameters, pieces)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFinite(
                 index,
@@ -201,12 +215,41 @@ def _averaged(average: list[torch.Tensor], parameters: list[Parameter], decay: f
     return average
 
 
+def _gradients(
+    terms: _Terms, step: Step, parameters: list[Parameter], pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The clipped gradients of a step, over all learners.
+
+    Where scaled gradients leave the range of float16, the step begins again with half the factor: none is left out, and
+    all learners do so alike, since they see the same sums.
+
+    Returns:
+        Loss, norm of the gradient before it was clipped, and the pieces that each micro-batch was divided into.
+    """
+    before = terms.state()
+    while True:
+        loss, pieces = _accumulate_that_fits(terms, step, pieces)
+        if is_divided(terms.policy):
+            dist.all_reduce(loss)
+        elif dist.is_initialized() and dist.get_world_size() > 1:
+            _sum_over_learners(parameters, loss)
+        if terms.scale != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(terms.scale)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, terms.train.clip_norm))
+        if torch.isfinite(norm) or not torch.isfinite(loss) or terms.scale <= 1.0:
+            return loss, norm, pieces
+        terms.scale /= 2
+        terms.go_back(before)
+
+
 def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch.Tensor, int]:
     """Accumulate the gradients of a step; when memory runs out, start the step again with smaller pieces.
 
     The noise is drawn again from the same state and losses are sums, so the gradients do not change beyond rounding.
     """
-    state, sums, samples = terms.generator.get_state(), dict(terms.sums), terms.samples
+    before = terms.state()
     while True:
         try:
             terms.policy.zero_grad(set_to_none=True)
@@ -216,8 +259,7 @@ def _accumulate_that_fits(terms: _Terms, step: Step, pieces: int) -> tuple[torch
             if not _is_out_of_memory(error) or pieces >= terms.train.micro_batch or is_divided(terms.policy):
                 raise
         pieces *= 2
-        terms.generator.set_state(state)
-        terms.sums, terms.samples = dict(sums), samples
+        terms.go_back(before)
         torch.cuda.empty_cache()
 
 
@@ -239,9 +281,9 @@ def _accumulate(terms: _Terms, step: Step, pieces: int) -> torch.Tensor:
             rows = slice(start, start + size)
             eps, t, u = (tensor[rows].to(device) for tensor in (own.noise, own.time, own.uniform))
             draw = Draw(policy, batch[rows].to(device), eps, t, u, terms.reference)
-            with torch.autocast(device.type, torch.bfloat16, enabled=terms.train.precision == "bfloat16"):
+            with autocast(device.type, terms.train):
                 loss = _loss(draw, terms) / step.batch_size
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * terms.scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return total
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import Config, ObjectiveConfig
-from ript_ray.policies.adapt import adapt
+from ript_ray.policies.adapt import adapt, autocast
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch
 
@@ -59,11 +59,11 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
             instructions=["pick up the black bowl between the plate and the ramekin"] * rows,
         )
         kept = _kept_for_the_backward_pass(policy.to_empty(device="cpu").train(), batch, config, objective)
-    mixed = train.precision == "bfloat16"
     parts = {
         "weights": weights * share,
         "weights gathered": at_once + (1 + references) * outside if divided else 0.0,
-        "weights in bfloat16": weights / 2 if mixed else 0.0,  # autocast keeps them between forward and backward pass
+        # Autocast keeps them between forward and backward pass.
+        f"weights in {train.precision}": weights / 2 if train.precision != "float32" else 0.0,
         "copies to compare with or to average": copies * share,
         "gradients": trained * share,
         "gradients in exchange": min(trained, at_once) if divided else trained if learners > 1 else 0.0,
@@ -94,7 +94,7 @@ def _kept_for_the_backward_pass(policy: Policy, batch: Batch, config: Config, ob
     reference = copy.deepcopy(policy).requires_grad_(False) if compares_with_reference(objective) else None
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bfloat16"),
+        autocast("cpu", config.train),
     ):
         draw = Draw(policy, batch, noise, time, time, reference)
         loss = find_objective(objective.name)(draw, objective).per_sample.sum()

@@ -312,17 +312,37 @@ def test_infinite_weights_of_the_last_step_are_not_returned() -> None:
         update(policy, [Step([lambda: batch], 6, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
 
 
-def test_bfloat16_changes_the_update_by_its_rounding_alone() -> None:
-    def change(precision: str) -> torch.Tensor:
-        policy, batch = make_policy(), make_batch(6)
-        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-        settings = config(precision=precision, warmup=1.0)
-        update(policy, [Step([lambda: batch], 6, 6)] * 3, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
-        return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before
+def change_in_three_steps(precision: str) -> tuple[torch.Tensor, dict[str, float], int]:
+    """The change of all weights, diagnostics, and how often a step was computed."""
+    policy, batch = make_policy(), make_batch(6)
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+    computed = []
 
-    exact, rounded = change("float32"), change("bfloat16")
+    def load() -> Batch:
+        computed.append(batch)
+        return batch
+
+    steps, settings = [Step([load], 6, 6)] * 3, config(precision=precision, warmup=1.0)
+    _, diagnostics = update(policy, steps, settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before, diagnostics, len(computed)
+
+
+@pytest.mark.parametrize(("precision", "alike"), [("bfloat16", 0.98), ("float16", 0.999)])
+def test_less_precision_changes_the_update_by_its_rounding_alone(precision: str, alike: float) -> None:
+    (exact, there, _), (rounded, here, computed) = (change_in_three_steps(name) for name in ("float32", precision))
     assert not torch.equal(exact, rounded)
-    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > alike
+    assert here == pytest.approx(there, rel=0.02)
+    assert computed == 3
+
+
+def test_a_step_whose_gradients_leave_float16_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, there, _ = change_in_three_steps("float16")
+    monkeypatch.setattr("learner.update._LOSS_SCALE", 2.0**30)
+    found, here, computed = change_in_three_steps("float16")
+    assert computed > 6  # it did leave it
+    assert torch.nn.functional.cosine_similarity(expected, found, dim=0) > 0.9999
+    assert here == pytest.approx(there, rel=1e-3)  # no sample counts twice, and the noise is the same
 
 
 def test_the_moving_average_is_one_and_is_published_or_not() -> None:

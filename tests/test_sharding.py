@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "pi0": ("pi0", {"checkpoint_activations": True, "anchor": 0.1}, "cfg"),
     "pi0, parts": ("pi0", {"freeze": ("vision",), "lora_rank": 2, "lora_part": "expert"}, "imitation"),
     "pi05": ("pi05", {"ema": 0.5, "micro_batch": 2}, "nft"),
+    "pi0, fp16": ("pi0", {"precision": "float16"}, "imitation"),
     "pi05, bf16": ("pi05", {"precision": "bfloat16", "checkpoint_activations": True}, "imitation"),
 }
 """Policy, settings of `TrainConfig`, and objective."""

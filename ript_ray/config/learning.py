@@ -187,8 +187,9 @@ class TrainConfig(Section):
     """AdamW's weight decay."""
     clip_norm: float = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` computes in autocast; it pays on GPUs and on CPUs with bfloat16 units."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the arithmetic, in autocast; weights stay in float32. ``bfloat16`` pays on GPUs and on CPUs with bfloat16
+    units; ``float16``, for which the loss is scaled as its range is small, on GPUs that have no bfloat16."""
     image_shift: int = Field(default=3, ge=0)
     """Augmentation: random shifts of frames, in pixels; none where recorded probabilities of the frames as they
     were are compared with (``flow_sde``)."""

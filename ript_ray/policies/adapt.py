@@ -1,4 +1,6 @@
-"""Which weights an update trains: all, some parts, or low-rank changes (LoRA) that are merged at its end."""
+"""Which weights an update trains, and in which arithmetic: all, some parts, or low-rank changes (LoRA) that are merged
+at its end.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,11 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def autocast(device_type: str, train: TrainConfig) -> torch.autocast:
+    """The arithmetic of an update's forward pass, as ``train.precision`` says."""
+    return torch.autocast(device_type, getattr(torch, train.precision), enabled=train.precision != "float32")
 
 
 def adapt(policy: nn.Module, train: TrainConfig) -> None:

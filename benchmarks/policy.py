@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ript_ray.policies.checkpoints import build_policy, from_published, published_bytes, to_publish
 from ript_ray.policies.pi0.layout import to_openpi
 from ript_ray.policies.pi0.policy import PRESETS, Pi0Config, Pi0Policy
 from ript_ray.policies.pi0.prompt import PromptTokenizer
@@ -126,13 +127,22 @@ def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) 
     def ours() -> Any:
         return policy.act(frames, states, [_PROMPT] * batch, noise)
 
-    runs: dict[str, Callable[[], Any]] = {"ours": ours}
+    packed = build_policy(policy.describe(), from_published(to_publish(policy, "int8")[0]), share=True).to(device)
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": ours,
+        "int8": lambda: packed.act(frames, states, [_PROMPT] * batch, noise),
+    }
     if theirs is not None:
         inputs = _their_inputs(policy, theirs, frames, states)
         their_noise = noise.to(next(theirs.parameters()).dtype)
         runs["transformers"] = lambda: theirs.sample_actions(**inputs, noise=their_noise, num_steps=10)
     seconds = _in_turns(runs, rounds)
-    result: dict[str, Any] = {"batch": batch, "chunks_per_second": batch / seconds["ours"]}
+    result: dict[str, Any] = {
+        "batch": batch,
+        "chunks_per_second": batch / seconds["ours"],
+        "int8_chunks_per_second": batch / seconds["int8"],
+        "int8_bytes_over_bfloat16": published_bytes(policy, "int8") / published_bytes(policy, "bfloat16"),
+    }
     if theirs is not None:
         result["transformers_chunks_per_second"] = batch / seconds["transformers"]
         result["speedup"] = seconds["transformers"] / seconds["ours"]
@@ -140,7 +150,12 @@ def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) 
         torch.cuda.reset_peak_memory_stats()
         ours()
         weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-        others = 0 if theirs is None else sum(p.numel() * p.element_size() for p in theirs.parameters())
+        others = sum(
+            tensor.numel() * tensor.element_size()
+            for other in (packed, theirs)
+            if other is not None
+            for tensor in other.state_dict().values()
+        )
         result["memory_over_weights"] = (torch.cuda.max_memory_allocated() - others) / weights
     return result
 

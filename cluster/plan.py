@@ -287,9 +287,9 @@ def _learner_parts(policy: Policy, config: Config, sizes: dict[str, int]) -> dic
 def _actor_parts(policy: Policy, config: Config) -> dict[str, float]:
     if config.plan.actor_gpu_gb is not None:
         return {"as plan.actor_gpu_gb says": config.plan.actor_gpu_gb}
-    half = config.policy.precision == "bfloat16"
-    tensors = policy.state_dict().items()
-    weights = sum(t.numel() * (2 if half and not policy.keeps_exact(name) else 4) for name, t in tensors)
+    from ript_ray.policies.checkpoints import published_bytes
+
+    weights = published_bytes(policy, config.policy.precision)
     return {"weights": weights / 1e9, "a chunk and the renderer": _ACTING_GB, "CUDA": _CUDA_GB}
 
 

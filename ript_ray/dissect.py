@@ -57,8 +57,8 @@ class Dissection:
             )
         return head + (
             "another first action than the recorded one; it was another policy (policy.checkpoint), or "
-            "policy.guidance, denoise_steps, execute, explore or action_noise were others, or it acted on a GPU or in "
-            "bfloat16"
+            "policy.guidance, denoise_steps, execute, explore or action_noise were others, or it acted on a GPU or "
+            "with less policy.precision"
         )
 
 

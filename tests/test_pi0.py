@@ -24,6 +24,7 @@ from ript_ray.policies.checkpoints import (
     cpu_weights,
     from_published,
     load_policy,
+    published_bytes,
     save_policy,
     to_publish,
     weights_sha256,
@@ -276,6 +277,38 @@ def test_actors_may_hold_half_the_bytes(pi05: bool) -> None:
     noise = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
     exact, rough = (p.act(batch.frames, batch.states, batch.instructions, noise)[0] for p in (policy, acting))
     assert 0 < (exact - rough).abs().mean() < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_actors_may_hold_a_quarter_of_the_bytes(pi05: bool) -> None:
+    policy, batch = make_pi0(make_config(pi05)), make_batch()
+    arrays, sha256 = to_publish(policy, "int8")
+    assert sha256 == weights_sha256(cpu_weights(policy))
+    assert sum(array.nbytes for array in arrays.values()) == published_bytes(policy, "int8")
+    assert published_bytes(policy, "int8") < published_bytes(policy, "bfloat16") < published_bytes(policy, "float32")
+    name = "language.layers.0.mlp.up_proj.weight"
+    before = policy.state_dict()[name]
+    packed, factor = arrays[name], arrays["language.layers.0.mlp.up_proj.factor"]
+    for row in range(len(before)):  # one at a time: each is rounded by at most half of its own step
+        step = before[row].abs().max().item() / 127
+        assert factor[row] == pytest.approx(step)
+        assert np.abs(packed[row] * factor[row] - before[row].numpy()).max() <= 0.5001 * step
+    assert arrays["action_in_proj.weight"].dtype == np.float32
+    if pi05:  # of its norms
+        assert arrays["expert.layers.0.input_layernorm.dense.weight"].dtype == np.float32
+    acting = build_policy(policy.describe(), from_published(arrays), share=True)
+    rough = build_policy(policy.describe(), from_published(to_publish(policy, "bfloat16")[0]), share=True)
+    noise = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0))
+    exact, other, eight = (
+        p.act(batch.frames, batch.states, batch.instructions, noise)[0] for p in (policy, rough, acting)
+    )
+    assert (exact - eight).abs().mean() < 0.05 * exact.std()
+    assert not torch.equal(other, eight)
+    newer = {name: tensor + 0.01 for name, tensor in policy.state_dict().items()}  # as compiled policies get them
+    policy.load_state_dict(newer)
+    acting.load_state_dict(from_published(to_publish(policy, "int8")[0]))
+    exact, eight = (p.act(batch.frames, batch.states, batch.instructions, noise)[0] for p in (policy, acting))
+    assert (exact - eight).abs().mean() < 0.05 * exact.std()
 
 
 def test_a_policy_of_ten_actions_learns_from_the_first_ten_of_a_window() -> None:

@@ -69,9 +69,9 @@ class PolicyConfig(Section):
     """Folder of the starting policy."""
     execute: int = Field(default=10, ge=1, le=50)
     """Actions executed of each predicted chunk, of which most policies have 50."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
     """Precision of a π0's weights in rollout actors; norms and small projections stay in float32, and so does what is
-    trained."""
+    trained. ``int8`` has a factor for each row of a linear layer; what is in no layer has bfloat16."""
     compiled: bool = False
     """Let ``torch.compile`` fuse the Euler step in rollout actors. The first look then takes about a minute; on CPUs a
     C++ compiler is required."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ript_ray.errors import UserError
 from ript_ray.plugins import find_named
 from ript_ray.policies.flow import FlowPolicy
+from ript_ray.policies.int8 import FACTOR, roundable, rounded, take_int8
 from ript_ray.policies.policy import Policy
 
 Weights = dict[str, torch.Tensor]
@@ -151,6 +152,7 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
         UserError: when a tensor is missing, unknown or misshapen.
     """
     policy = empty_policy(description)
+    take_int8(policy, [name.removesuffix(".weight") for name, w in weights.items() if w.dtype == torch.int8])
     expected = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -224,15 +226,30 @@ def to_publish(policy: Policy, precision: str = "float32") -> tuple[dict[str, np
     Args:
         policy: in training precision.
         precision: ``bfloat16`` halves what actors hold of a large policy; NumPy has no such numbers, so their bits
-            travel as uint16.
+            travel as uint16. ``int8`` halves it again, but for embeddings and convolutions.
     """
     weights = cpu_weights(policy)
     sha256 = weights_sha256(weights)
-    if precision == "bfloat16":
+    if precision == "int8":
+        for name in roundable(policy):
+            weights[f"{name}.weight"], weights[f"{name}.{FACTOR}"] = rounded(weights[f"{name}.weight"])
+    if precision != "float32":
         for name, tensor in weights.items():
-            if tensor.is_floating_point() and not policy.keeps_exact(name):
+            if tensor.is_floating_point() and not (policy.keeps_exact(name) or name.endswith(f".{FACTOR}")):
                 weights[name] = tensor.bfloat16().view(torch.uint16)
     return {name: tensor.numpy() for name, tensor in weights.items()}, sha256
+
+
+def published_bytes(policy: Policy, precision: str) -> float:
+    """Bytes of what `to_publish` makes; the policy may be without memory for its weights."""
+    eight = {f"{name}.weight" for name in roundable(policy)} if precision == "int8" else set()
+
+    def size(name: str, tensor: torch.Tensor) -> int:
+        if name in eight:
+            return tensor.numel() + 4 * len(tensor)
+        return tensor.numel() * (4 if precision == "float32" or policy.keeps_exact(name) else 2)
+
+    return float(sum(size(name, tensor) for name, tensor in policy.state_dict().items()))
 
 
 def from_published(arrays: Mapping[str, np.ndarray]) -> Weights:

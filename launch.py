@@ -33,7 +33,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,9 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from cluster.storage import Storage
     from cluster.tracking import Tracker
+    from learner.alone import Player
     from ript_ray.policies.policy import Policy
+    from ript_ray.types import Context, Trajectory
 
 log = logging.getLogger("ript_ray")
 
@@ -221,45 +223,42 @@ def train_without_ray(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
     """Success rate of ``policy.checkpoint`` on held-out initial states."""
-    import ray
-
     from ript_ray.evaluation import evaluation_contexts, summary_by_start
     from ript_ray.reporting import describe_rate, versions
 
-    with players(config, run_dir) as coordinator:
-        outcome = ray.get(coordinator.evaluate.remote("evaluating"))
-        actor, *_ = ray.get(coordinator.present.remote(), timeout=60)
-        renderer = ray.get(actor.renderer.remote(), timeout=60)
+    with players(config, run_dir) as playing:
+        outcomes = playing.evaluate()
+        renderer = playing.renderer()
     contexts, columns = evaluation_contexts(config), {}
-    for name, results in outcome["results"].items():
+    for name, results in outcomes.items():
         played = [(r, c.start) for r, c in zip(results, contexts[name], strict=True) if r is not None]
         columns[name] = summary_by_start(played)
     print(config.env.id)
     for name, result in columns.items():
         print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")
-    return {"env": config.env.id} | columns | {"results": outcome["results"], "versions": versions(renderer)}
+    return {"env": config.env.id} | columns | {"results": outcomes, "versions": versions(renderer)}
 
 
 def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
     """Choose the guidance scale of ``policy.checkpoint`` by successive halving, not on the states of the exam."""
-    import ray
-
     from ript_ray.algos.sampling import contexts_to_choose_by
     from ript_ray.choosing import choose_guidance
     from ript_ray.reporting import describe_rate
 
     if 1.0 not in config.eval.scales:
         raise UserError(f"eval.scales={list(config.eval.scales)}: 1 must be among them, to compare with")
-    with players(config, run_dir) as coordinator:
 
-        def play(scale: float, episodes: range) -> list[bool | None]:
-            # Others than those by which a run has chosen this policy, acting at one of the scales.
-            others = range(_OTHER_CONTEXTS + episodes.start, _OTHER_CONTEXTS + episodes.stop)
-            contexts = contexts_to_choose_by(config.env, config.eval.seed, others)
-            played: list[bool | None] = ray.get(coordinator.play.remote(f"guidance {scale:g}", contexts, scale))
-            return played
+    def contexts(episodes: range) -> list[Context]:
+        # Others than those by which a run has chosen this policy, acting at one of the scales.
+        others = range(_OTHER_CONTEXTS + episodes.start, _OTHER_CONTEXTS + episodes.stop)
+        return contexts_to_choose_by(config.env, config.eval.seed, others)
 
-        result = choose_guidance(config.eval.scales, play, config.eval.halving_episodes)
+    with players(config, run_dir) as playing:
+        result = choose_guidance(
+            config.eval.scales,
+            lambda scale, episodes: playing.play(contexts(episodes), scale),
+            config.eval.halving_episodes,
+        )
     for row in result["table"]:
         print(f"  w = {row['scale']:<5g}{describe_rate(row)}")
     told = "the best" if result["chosen"] == result["best"] else f"{result['best']:g} is not told apart from it"
@@ -269,30 +268,35 @@ def guidance(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     """Have the scripted expert make ``demos.episodes`` demonstrations."""
-    import ray
-    from ray.util import ActorPool
-
-    from actors.rollout import RolloutActor
-    from cluster.session import ResourcePlan, ray_session, start_actors
     from ript_ray.algos.sampling import start_context, training_starts
+    from ript_ray.data.demonstrator import demonstrate_all
     from ript_ray.data.storage import save_trajectories
     from ript_ray.reporting import progress_bar
 
     starts = training_starts(config.env)
     contexts = [start_context(starts[i % len(starts)], config.run.seed + i) for i in range(config.demos.episodes)]
     contexts.sort(key=lambda context: config.env.ids.index(context.env_id))  # another task is another environment
-    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
-        actors, _ = start_actors(RolloutActor, config.scaling, config, {}, None)
-        workers = ActorPool(actors)
-        # One that dies starts again and makes the same demonstration.
-        results = workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
-        bar = progress_bar(len(contexts), "demonstrations", iterable=results)
-        made = [ray.get(ray.put(demo)) for demo in bar]
+    making = demonstrations_of_actors(config, contexts) if config.scaling.ray else demonstrate_all(config, contexts)
+    made = list(progress_bar(len(contexts), "demonstrations", iterable=making))
     file = resolve(config.data.demos)
     save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
     successes = sum(demo.success for demo in made)
     print(f"{len(made)} demonstrations, {successes} successful, in {file}")
     return {"episodes": len(made), "successes": successes, "file": str(file)}
+
+
+def demonstrations_of_actors(config: Config, contexts: list[Context]) -> Iterator[Trajectory]:
+    """A demonstration of each context, in their order, made by rollout actors."""
+    from ray.util import ActorPool
+
+    from actors.rollout import RolloutActor
+    from cluster.session import ResourcePlan, ray_session, start_actors
+
+    with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
+        actors, _ = start_actors(RolloutActor, config.scaling, config, {}, None)
+        workers = ActorPool(actors)
+        # One that dies starts again and makes the same demonstration.
+        yield from workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
 
 
 def sft(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -336,20 +340,53 @@ def told_how_to_resume(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def players(config: Config, run_dir: Path) -> Iterator[Any]:
-    """The coordinator of a session that plays episodes with ``policy.checkpoint`` and learns nothing."""
-    from actors.coordinator import Coordinator
-    from cluster.monitor import Monitor
-    from cluster.session import ResourcePlan, ray_session, spawn
+def players(config: Config, run_dir: Path) -> Iterator[Players | Player]:
+    """What plays episodes with ``policy.checkpoint`` and learns nothing: a session's actors, or this process."""
     from ript_ray.policies.starting import load_starting_policy
 
     policy = load_starting_policy(config)
+    if not config.scaling.ray:
+        from learner.alone import Player
+
+        yield Player(config, policy)
+        return
+    from actors.coordinator import Coordinator
+    from cluster.monitor import Monitor
+    from cluster.session import ResourcePlan, ray_session, spawn
+
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         store, actors, absent = start_rollouts(config, policy)
         folder = run_dir.resolve()
         coordinator = spawn(Coordinator, config, actors, None, store, folder, [], absent, name="Coordinator")
         with Monitor(coordinator, config.scaling):
-            yield coordinator
+            yield Players(coordinator)
+
+
+class Players:
+    """The rollout actors of a session, asked as `learner.alone.Player` is."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+
+    def evaluate(self) -> dict[str, list[bool | None]]:
+        """Successes on the contexts of each column of the evaluation; None where the environment failed."""
+        return dict(self._wait("evaluate", "evaluating")["results"])
+
+    def play(self, contexts: Sequence[Context], guidance: float) -> list[bool | None]:
+        """Successes in the order of the contexts."""
+        return list(self._wait("play", f"guidance {guidance:g}", contexts, guidance))
+
+    def renderer(self) -> str:
+        """The OpenGL backend of the actors."""
+        import ray
+
+        actor, *_ = self._wait("present")
+        return str(ray.get(actor.renderer.remote(), timeout=60))
+
+    def _wait(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self._coordinator, method).remote(*arguments))  # the monitor bounds it
 
 
 def start_rollouts(config: Config, policy: Policy, version: int = 0) -> tuple[Any, list[Any], list[Any]]:
@@ -504,7 +541,7 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         find_objective(config.objective.name)
     if command == "train" and not config.scaling.ray:
         return train_without_ray(config, new_run_dir(config, command))
-    config = fit_actors(config)
+    config = fit_actors(config) if config.scaling.ray else config
     commands = {"train": train, "eval": evaluate, "guidance": guidance, "demos": demos, "sft": sft}
     return commands[command](config, new_run_dir(config, command))
 

@@ -19,7 +19,8 @@ import torch
 from actors.home import Home
 from actors.pool import SamplePool
 from cluster.session import ResourcePlan, ray_session, spawn
-from learner.loop import KEEP_FREED_MEMORY, learner_group, plan_steps
+from learner.loop import KEEP_FREED_MEMORY, learner_group
+from learner.steps import plan_steps
 from learner.update import update
 from ript_ray.config import Config
 from ript_ray.data.windows import seen_starts, shuffled_batches

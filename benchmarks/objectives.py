@@ -25,7 +25,7 @@ from actors.dispatcher import Dispatcher, Episode
 from actors.rollout import RolloutActor
 from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
-from learner.loop import plan_steps
+from learner.steps import plan_steps
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, training_starts

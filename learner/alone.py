@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.loop import plan_steps, update_generator
+from learner.steps import plan_steps, update_generator
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
 from ript_ray.algos.sampling import ContextSampler, Group, contexts_to_choose_by, training_starts
@@ -229,9 +229,13 @@ class Player:
         """Successes on the contexts of each column of the evaluation."""
         return {name: self.play(contexts) for name, contexts in evaluation_contexts(self._config).items()}
 
-    def play(self, contexts: Sequence[Context]) -> list[bool]:
-        """Successes in the order of the contexts, acting as evaluation does."""
-        guidance = self._config.eval.guidance
+    def renderer(self) -> str:
+        """The OpenGL backend in use."""
+        return describe_renderer()
+
+    def play(self, contexts: Sequence[Context], guidance: float | None = None) -> list[bool]:
+        """Successes in the order of the contexts, acting as evaluation does, or with another scale of guidance."""
+        guidance = self._config.eval.guidance if guidance is None else guidance
         return [self._play(context, guidance, exploring=False).success for context in contexts]
 
     def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:

@@ -8,11 +8,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,12 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from learner.steps import plan_steps, update_generator
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
-from ript_ray.data.windows import gather
 from ript_ray.policies.checkpoints import UNAVERAGED, build_policy, cpu_weights, load_policy, save_policy, to_publish
 from ript_ray.policies.policy import Policy
-from ript_ray.types import Batch, Finished, FrameBatch, Shard, Trajectory, Window
+from ript_ray.types import Batch, Finished, FrameBatch, Trajectory
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
 # learner's speed on a CPU. These keep it; the peak does not change.
@@ -248,11 +246,6 @@ def _learn(
         raise RuntimeError(reason) from error
 
 
-def update_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """The random numbers of a learner in an update: the same when the update is done again."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + rank)
-
-
 def save_batch(file: Path, batches: Sequence[Batch]) -> None:
     """Write the tensors of micro-batches to a safetensors file, by name and number."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -260,28 +253,6 @@ def save_batch(file: Path, batches: Sequence[Batch]) -> None:
     tensors = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(batches) for name in names}
     instructions = json.dumps([batch.instructions for batch in batches])
     save_file(tensors, file, metadata={"instructions": instructions})
-
-
-def plan_steps(
-    shard: Shard,
-    trajectories: Mapping[int, Trajectory],
-    micro_batch: int,
-    rendered: Mapping[tuple[int, int], np.ndarray] = MappingProxyType({}),
-) -> list[Step]:
-    """The optimiser steps of a shard; each micro-batch is gathered when its turn comes."""
-
-    def load(rows: np.ndarray) -> Batch:
-        windows = [Window(int(i), int(start)) for i, start in shard.windows[rows]]
-        return gather(windows, trajectories, shard.advantages, rendered, shard.weights)
-
-    return [
-        Step(
-            [partial(load, rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)],
-            len(rows),
-            shard.batch_size,
-        )
-        for rows in shard.order
-    ]
 
 
 def prefetch(references: Sequence[Any], timeout_s: float) -> None:

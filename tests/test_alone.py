@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_resume import SETTINGS, TIMING, finish, start
 
 from launch import main
+from ript_ray.config import DemosConfig, load_config
+from ript_ray.data.demonstrator import demonstrate
+from ript_ray.data.storage import load_trajectories
+from ript_ray.envs import make
+from ript_ray.evaluation import evaluation_contexts
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, weights_sha256
+from ript_ray.rollout import play
 
 
 @pytest.mark.ray
@@ -98,3 +105,33 @@ def test_the_goal_ends_training(point_start: Path, tmp_path: Path) -> None:
     settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "train.stop_at=0.001"]
     assert main(["train", *settings, f"run.dir={tmp_path / 'run'}"]) == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["updates"] == 0
+
+
+def test_demonstrations_and_evaluation_need_no_ray(
+    point_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", None)
+    settings = [*SETTINGS, "scaling.ray=false", f"policy.checkpoint={point_start}", f"run.dir={tmp_path / 'run'}"]
+    demos, result = tmp_path / "demos.safetensors", tmp_path / "result.json"
+    assert main(["demos", *settings, "demos.episodes=3", f"data.demos={demos}"]) == 0
+    made = load_trajectories(demos)
+    world = make("gymnasium/ript_ray/PointReach-v0", 32, 30)
+    for demo in reversed(made):
+        again = demonstrate(world, demo.context, DemosConfig())
+        np.testing.assert_array_equal(again.frames, demo.frames)
+        np.testing.assert_array_equal(again.actions, demo.actions)
+    assert len({demo.context for demo in made}) == 3
+
+    assert main(["eval", *settings, "--json", str(result)]) == 0
+    played = json.loads(result.read_text())
+    policy = load_policy(point_start)
+    contexts = evaluation_contexts(load_config(None, settings))["held_out"]
+    expected = [
+        play(world, policy, context, policy_version=0, execute=5, denoise_steps=10, guidance=1.0).success
+        for context in reversed(contexts)
+    ]
+    assert played["results"] == {"held_out": expected[::-1]}
+    assert played["held_out"]["successes"] == sum(expected)
+
+    assert main(["guidance", *settings, "eval.scales=[1.0,2.0]", "--json", str(result)]) == 0
+    assert {row["scale"] for row in json.loads(result.read_text())["table"]} == {1.0, 2.0}

@@ -273,7 +273,8 @@ def test_when_nothing_is_left_the_run_ends_with_the_reason(armed: Path) -> None:
 
 
 def test_frames_for_training_are_made_once_and_only_for_what_is_drawn(armed: Path) -> None:
-    from learner.loop import RenderedFrames, plan_steps
+    from learner.loop import RenderedFrames
+    from learner.steps import plan_steps
 
     config = point_config(HEALTHY)
     data = config.data.model_copy(update={"windows": "all", "distinct": 20, "tail": "pad"})

@@ -134,6 +134,69 @@ def test_a_gymnasium_environment_goes_through_the_whole_loop(tmp_path: Path) -> 
     assert episodes[5].with_suffix(".mp4").exists()
 
 
+OWN = """
+import gymnasium as gym
+import numpy as np
+from ript_ray.envs.world import LazyObservation, World, check_action, check_options
+
+class Line(World):
+    instruction, cameras, state_dim, action_dim, num_init_states = "go right", ("view",), 1, 1, 5
+
+    def __init__(self, name, image_size, max_steps):
+        self.id, self.goal = f"own_worlds:Line/{name}", float(name)
+        self.max_steps, self.size = max_steps or 20, image_size
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = gym.spaces.Dict()
+
+    def reset(self, *, seed=None, options=None):
+        start = check_options(options, self).init_state
+        self.elapsed_steps, self.at = 0, 0.1 * (start or 0)
+        return self.observe(), {}
+
+    def step(self, action):
+        self.at += float(check_action(action, 1)[0])
+        self.elapsed_steps += 1
+        success = self.at >= self.goal
+        return self.observe(), float(success), success, self.elapsed_steps >= self.max_steps, {"success": success}
+
+    def observe(self):
+        ticket = {"at": np.array([self.at])}
+        rest = {"state": np.array([self.at], np.float32), "instruction": self.instruction}
+        return LazyObservation(rest, self.cameras, ticket, self.render_ticket)
+
+    def scene(self):
+        return {}
+
+    def render_ticket(self, ticket, camera, size=None):
+        size = size or self.size
+        return np.full((size, size, 3), int(10 * ticket["at"][0]) % 256, np.uint8)
+
+    def state_hash(self):
+        return int(1000 * self.at)
+"""
+
+
+def test_a_world_of_ones_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ript_ray.rollout import Recorder
+    from ript_ray.types import Context
+
+    (tmp_path / "own_worlds.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    world = make("own_worlds:Line/3", image_size=16, max_steps=8)
+    context = Context(world.id, init_state=2, seed=0)
+    observation, _ = world.reset(**context.reset_arguments())
+    recorder, success = Recorder(world, context), False
+    recorder.look(observation)
+    while not success:
+        recorder.add(observation, np.ones(1, np.float32))
+        observation, _, success, *_ = world.step(np.ones(1))
+    played = recorder.finish(success, policy_version=0)
+    assert (len(played), played.success, played.frames.shape) == (3, True, (1, 1, 16, 16, 3))
+    assert played.frames[0, 0, 0, 0, 0] == 2
+    with pytest.raises(UserError, match=r"env.id='own_worlds:Lime': .*has no attribute 'Lime'"):
+        make("own_worlds:Lime/3")
+
+
 def test_a_replay_says_where_it_first_goes_another_way(tmp_path: Path) -> None:
     from ript_ray.rollout import Recorder
     from ript_ray.types import Context, EpisodeRecord

@@ -61,9 +61,8 @@ def find_expert(env: World, grasp_error: np.ndarray) -> Expert:
     Raises:
         UserError: when there is none.
     """
-    own = getattr(env, "expert", None)
-    if own is not None:
-        return _OwnExpert(env, own)
+    if env.expert is not None:
+        return _OwnExpert(env, env.expert)
     if not hasattr(getattr(env, "simulation", None), "parsed_problem"):
         raise UserError(
             f"env.id={env.id!r}: there is no scripted expert for it; give the environment a method expert_action(), or "
@@ -75,11 +74,11 @@ def find_expert(env: World, grasp_error: np.ndarray) -> Expert:
 class _OwnExpert:
     phase = "act"
 
-    def __init__(self, env: Any, action: Callable[[], np.ndarray]) -> None:
+    def __init__(self, env: World, action: Callable[[], np.ndarray]) -> None:
         self._env, self._action = env, action
 
     def act(self) -> np.ndarray:
-        return np.asarray(self._env.to_policy_units(self._action()))
+        return self._env.to_policy_units(self._action())
 
 
 class PickPlaceExpert:

@@ -145,10 +145,6 @@ class GymnasiumWorld(World):
         return ((action.ravel() - self._low) / (self._high - self._low) * 2.0 - 1.0).astype(np.float32)
 
     @property
-    def render_seconds(self) -> float:
-        return 0.0
-
-    @property
     def frames_rendered(self) -> int:
         return self._frames
 

@@ -103,14 +103,23 @@ class World(gym.Env[LazyObservation, np.ndarray], abc.ABC):
         """64-bit fingerprint of the simulator's state."""
 
     @property
-    @abc.abstractmethod
-    def render_seconds(self) -> float:
-        """Seconds spent rendering since construction."""
+    def expert(self) -> Callable[[], np.ndarray] | None:
+        """What an expert would do now, in the environment's own units: it makes demonstrations. None: nobody knows."""
+        return None
+
+    def to_policy_units(self, action: np.ndarray) -> np.ndarray:
+        """An action in the environment's own units as one that `step` takes: float32[action_dim]."""
+        return action.astype(np.float32)
 
     @property
-    @abc.abstractmethod
+    def render_seconds(self) -> float:
+        """Seconds spent rendering since construction, where rendering is put off."""
+        return 0.0
+
+    @property
     def frames_rendered(self) -> int:
         """Frames rendered since construction."""
+        return 0
 
 
 class ResetOptions(NamedTuple):

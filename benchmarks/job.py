@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 
 from actors.journal import read_journal
-from ript_ray.config import Config, save_config
+from ript_ray.config import Config, resolve, save_config
+from ript_ray.envs import make
 from ript_ray.errors import UserError
+from ript_ray.policies.checkpoints import load_shape
 
 _ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300.0
@@ -119,7 +121,13 @@ def new_folder(config: Config, name: str) -> Path:
 
 
 def with_start(config: Config, folder: Path) -> Config:
-    """The configuration with a policy to start from, made on the spot if the configured one is not of this task."""
+    """The configuration with a policy to start from, made on the spot if the configured one is not of this environment.
+
+    Raises:
+        UserError: when none can be made, or there is none where the configuration says.
+    """
+    if _fits(config):
+        return config
     demos, policy = folder / "demos.safetensors", folder / "start"
     data = config.data.model_copy(update={"demos": str(demos)})
     sft = config.sft.model_copy(update={"output": str(policy)})
@@ -129,9 +137,27 @@ def with_start(config: Config, folder: Path) -> Config:
         update = {"data": data, "sft": sft, "run": run}
         save_config(config.model_copy(update=update), folder / f"{command}.yaml")
         process = _launch(command, "--config", str(folder / f"{command}.yaml"))
-        if process.wait(timeout=TIMEOUT_S) != 0:
+        try:
+            failed = process.wait(timeout=config.bench.job_timeout_s) != 0
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            failed = True
+        if failed:
             raise UserError(f"no starting policy: python launch.py {command} --config {folder / command}.yaml fails")
     return config.model_copy(update={"data": data, "sft": sft, "policy": start})
+
+
+def _fits(config: Config) -> bool:
+    """Does the policy take what the environment has?"""
+    transform = load_shape(resolve(config.policy.checkpoint)).transform
+    world = make(config.env.ids[0], config.env.image_size, config.env.max_steps)
+    try:
+        transform.check_sizes(world.id, world.state_dim, world.action_dim)
+    except UserError:
+        return False
+    finally:
+        world.close()
+    return True
 
 
 def _launch(*arguments: str) -> subprocess.Popen[bytes]:

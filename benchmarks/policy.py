@@ -52,6 +52,7 @@ def measure_policy(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "parameters": sum(p.numel() for p in policy.parameters()),
         "torch": torch.__version__,
+        "compiled": compiled,  # ours; transformers' runs as it comes
     }
     result["training"] = _measure_training(policy, train_batch, rounds)
     policy.requires_grad_(False).eval()

@@ -97,6 +97,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             prune_checkpoints(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
         player.adopt(acting, step + 1)
         row = {"update": step + 1, "rollout/success_rate": success["rate"], "rollout/episodes": len(results)}
+        row |= {"rollout/effective_episodes": success["effective_episodes"]}
+        row |= dict(zip(("rollout/success_low", "rollout/success_high"), success["ci95"], strict=True))
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/skipped_states": float(sampler.skipped)}
         row |= {"rollout/seconds": learning_began - rollouts_began}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ript_ray.errors import UserError
-from ript_ray.evaluation import paired_p_value, success_summary, summary_by_start
+from ript_ray.evaluation import paired_p_value, success_summary, summary_by_start, wilson_interval
 from ript_ray.policies.checkpoints import load_policy
 
 log = logging.getLogger("ript_ray")
@@ -99,8 +99,14 @@ def best_in_rollouts(played: Mapping[int, Sequence[tuple[bool, Hashable]]]) -> l
         played: success and start of rollouts by the version of the weights; those of the starting policy, 0, do not
             count.
     """
-    low = {version: summary_by_start(results)["ci95"][0] for version, results in played.items() if version > 0}
-    return sorted(low, key=lambda version: (low[version], version), reverse=True)
+
+    def low(results: Sequence[tuple[bool, Hashable]]) -> float:
+        if all(success for success, _ in results):  # that none failed must not count for less than that one did
+            return wilson_interval(len(results), len(results))[0]
+        return float(summary_by_start(results)["ci95"][0])
+
+    ranked = {version: low(results) for version, results in played.items() if version > 0}
+    return sorted(ranked, key=lambda version: (ranked[version], version), reverse=True)
 
 
 def candidates(last: int, best: Sequence[int], count: int, checkpoints: Path) -> list[int]:

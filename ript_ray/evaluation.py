@@ -89,7 +89,7 @@ def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> f
 
     n / (1 + (m − 1)ρ) with m episodes of a start and ρ the correlation of outcomes within a start, by analysis of
     variance (Kish 1965, "Survey sampling"; Donner and Klar 2000): n where outcomes do not depend on the start, the
-    number of starts where they depend on nothing else.
+    number of starts where they depend on nothing else, or where all agree and nothing says that they do not.
     """
     groups: defaultdict[Hashable, list[bool]] = defaultdict(list)
     for result, start in zip(results, starts, strict=True):
@@ -102,7 +102,7 @@ def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> f
     within = sum(sum(own) * (1 - sum(own) / len(own)) for own in groups.values()) / (n - k)
     size = (n - sum(len(own) ** 2 for own in groups.values()) / n) / (k - 1)
     total = between + (size - 1) * within
-    correlation = max(0.0, (between - within) / total) if total > 0 else 0.0
+    correlation = max(0.0, (between - within) / total) if total > 0 else 1.0
     return n / (1 + (size - 1) * correlation)
 
 

@@ -103,7 +103,8 @@ def play(
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device
     shape = (1, policy.horizon, policy.action_dim)
-    stochastic = Explore(explore.level, execute, generator) if explore.level > 0 else None
+    real = len(policy.transform.action_mean)
+    stochastic = Explore(explore.level, execute, generator, real) if explore.level > 0 else None
     # The last chunk may be cut short by the step limit.
     disturbance = explore.draw(env.max_steps + execute, env.action_dim, context.seed)
     success = over = False

@@ -77,6 +77,7 @@ def test_candidates_are_the_last_and_the_best_in_rollouts(tmp_path: Path, caplog
     assert best_in_rollouts(together) == ranked  # of a single start nothing more can be said
     shared = {1: [(i < 6, i // 2) for i in range(8)], 2: [(i % 4 != 3, i // 2) for i in range(8)]}
     assert best_in_rollouts(shared) == [2, 1]  # 6 of 8 each, of which one depends on the start alone
+    assert best_in_rollouts({1: [(True, i // 4) for i in range(8)], 2: [(i > 0, i // 4) for i in range(8)]}) == [1, 2]
     for update in (1, 2, 3, 5):
         save_policy(tmp_path / f"{update:04d}", make_policy())
     assert candidates(5, ranked, 1, tmp_path) == [5]

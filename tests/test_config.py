@@ -81,6 +81,11 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
             ["objective.name=nft", *_COMPARING, "objective.negatives=softplus", "objective.fastest=0.7"],
             "a slow success would have no weight",
         ),
+        (["objective.name=fpo", *_COMPARING, "objective.normalise=min_max"], "it would make failures likelier"),
+        (
+            ["objective.name=advantage_weighted", "objective.negatives=relu", "objective.normalise=min_max"],
+            "failures would be imitated",
+        ),
         (["train.stop_at=0.9", "sampling.target_success=0.5"], "the goal would not be reached"),
         (["objective.name=flow_sde", *_COMPARING, "policy.precision=bfloat16"], "set both to float32"),
         (["objective.name=flow_sde", *_COMPARING, "train.precision=bfloat16"], "set both to float32"),
@@ -103,6 +108,26 @@ def test_the_exam_is_not_what_was_trained_on(seed: int) -> None:
         load_config(None, [f"eval.seed={seed}", *settings])
     for fine in (50, 499_980, 1_000_000):
         assert load_config(None, [f"eval.seed={fine}", *settings]).eval.seed == fine
+
+
+def test_all_fifty_states_are_for_the_exam_where_none_is_trained_on() -> None:
+    with pytest.raises(UserError, match=r"overlap; .* set env.train_placements=400"):
+        load_config(None, ["env.eval_init_states=[0,50]"])
+    assert load_config(None, ["env.eval_init_states=[0,50]", "env.train_placements=400"])
+
+
+@pytest.mark.parametrize("key", ["eval.seed", "run.seed"])
+def test_seeds_that_a_simulator_would_refuse_are_refused_at_once(key: str) -> None:
+    assert load_config(None, [f"{key}=4293967295"])
+    with pytest.raises(UserError, match=rf"{key}=4293967296: simulators take seeds below 2\^32; .* at most 4293967295"):
+        load_config(None, [f"{key}=4293967296"])
+
+
+@pytest.mark.parametrize("sizes", ["[]", "[1000]", "[10, 100, 10]", "[0, 1, 2]"])
+def test_two_numbers_of_actors_make_no_line_that_a_third_could_check(sizes: str) -> None:
+    with pytest.raises(UserError, match=r"bench\.sizes.*expected three different numbers"):
+        load_config(None, [f"bench.sizes={sizes}"])
+    assert load_config(None, ["bench.sizes=[100, 1, 10]"]).bench.sizes == (1, 10, 100)
 
 
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path: Path) -> None:

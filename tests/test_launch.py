@@ -296,7 +296,7 @@ def test_the_environment_benchmark_reports_its_ratios_and_finds_nothing_that_dif
     assert result["differences"] == []
     assert result["episode_speedup"] > 5
     assert result["scaling"]["1"] == 1
-    assert 0 < result["frames_rendered_share"] < 0.2
+    assert 0.09 < result["frames_rendered_share"] < 0.11  # a look every ten steps
     for key in ("control_step_over_physics", "reset_seconds", "construction_seconds", "memory_mb"):
         assert result[key] > 0
 

@@ -13,7 +13,14 @@ from torch import nn
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
 from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig
-from ript_ray.policies.integration import ChainStep, Explore, euler_maruyama, integrate, integrate_with_noise
+from ript_ray.policies.integration import (
+    ChainStep,
+    Explore,
+    euler_maruyama,
+    integrate,
+    integrate_with_noise,
+    log_prob_under,
+)
 from ript_ray.policies.policy import sample_time
 from ript_ray.types import Batch
 
@@ -22,6 +29,8 @@ ROWS, STEPS, DIMS = 5, 4, 3
 
 class Identity:
     """A transform that leaves actions as they are."""
+
+    action_mean = (0.0,) * 3
 
     def encode_actions(self, actions: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return actions
@@ -313,7 +322,7 @@ def act(policy: Bandit, rows: int, seed: int, level: float = 0.0) -> tuple[torch
     with torch.no_grad():
         if level == 0.0:
             return integrate(velocity, noise, 10), None
-        return integrate_with_noise(velocity, noise, 10, Explore(level, 1, generator))
+        return integrate_with_noise(velocity, noise, 10, Explore(level, 1, generator, noise.shape[-1]))
 
 
 def succeeds(actions: torch.Tensor) -> torch.Tensor:
@@ -412,7 +421,7 @@ def test_a_stochastic_step_keeps_the_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(40_000, 1, 1, generator=generator)
     for level in (0.2, 0.5):
-        x, chain = integrate_with_noise(velocity, noise, 50, Explore(level, 1, generator))
+        x, chain = integrate_with_noise(velocity, noise, 50, Explore(level, 1, generator, noise.shape[-1]))
         assert x.mean().item() == pytest.approx(mean, abs=0.02)
         assert x.std().item() == pytest.approx(std, rel=0.05)
         again = euler_maruyama(
@@ -422,3 +431,11 @@ def test_a_stochastic_step_keeps_the_distribution() -> None:
         torch.testing.assert_close(chain.log_prob, expected, rtol=1e-4, atol=1e-4)
     # Every place was drawn, and the rest of the steps are the plain ones.
     assert len(torch.unique(chain.time)) == 50
+    # Padded dimensions move as the others do, and nobody counts them.
+    wide = torch.randn(64, 1, 3, generator=generator)
+    _, chain = integrate_with_noise(lambda x, t: x, wide, 10, Explore(0.5, 1, generator, real=2))
+    told = log_prob_under(chain.x, chain, real=2)
+    torch.testing.assert_close(chain.log_prob, told)
+    moved = torch.cat([chain.x[..., :2], chain.x[..., 2:] + 0.3], -1)
+    torch.testing.assert_close(log_prob_under(moved, chain, real=2), told)
+    assert (log_prob_under(moved, chain, real=3) - told).abs().min() > 1e-3

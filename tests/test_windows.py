@@ -52,7 +52,7 @@ def test_only_windows_that_were_seen_are_free() -> None:
     assert seen_starts(80, looks, tail="pad") == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
-@pytest.mark.parametrize("rule", [{"normalise": "min_max"}, {"normalise": "standard"}, {"negatives": "hinge"}])
+@pytest.mark.parametrize("rule", [{"normalise": "standard"}, {"negatives": "hinge"}])
 def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict[str, str]) -> None:
     objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "fastest": 0.5} | rule
     config = Config.model_validate({"objective": objective})
@@ -70,6 +70,17 @@ def test_failures_alone_make_no_update(name: str, baseline: str) -> None:
     reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
     shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
     assert (len(shard.order) > 0) == (name == "imitation")
+
+
+@pytest.mark.parametrize(("normalise", "learns"), [("none", True), ("robust", False)])
+def test_successes_that_lost_their_weight_make_no_update(normalise: str, learns: bool) -> None:
+    objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "normalise": normalise}
+    config = Config.model_validate({"objective": objective, "data": {"tail": "pad"}})
+    members = [make_trajectory(60, i < 6) for i in range(10)]  # the middle one succeeded
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
+    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    assert min(shard.advantages[i] for i in range(6)) > 0
+    assert (len(shard.order) > 0) == learns
 
 
 def test_demonstrations_make_up_their_share_of_every_batch() -> None:

@@ -122,8 +122,17 @@ class BenchConfig(Section):
     simulated: int = Field(default=1000, ge=1)
     """Rollout actors that ``bench control`` simulates."""
     sizes: tuple[int, ...] = (1, 10, 100, 1000)
-    """Numbers of simulated rollout actors that ``bench scaling`` runs, from few to many."""
+    """Numbers of simulated rollout actors that ``bench scaling`` runs, from few to many, three at least."""
     preset: Literal["pi0", "pi05", "pi0_tiny", "pi05_tiny"] = "pi0_tiny"
     """Sizes of the policy that ``bench policy`` measures."""
     compiled: bool = False
     """Let ``torch.compile`` fuse the Euler step in ``bench policy``."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _enough(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(sizes)) < 3 or min(sizes) < 1:
+            raise ValueError(
+                "expected three different numbers of actors, or more: the largest checks a line through the others"
+            )
+        return tuple(sorted(set(sizes)))

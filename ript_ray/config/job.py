@@ -13,6 +13,8 @@ INIT_STATES = 50
 PLACEMENTS = range(500_000, 1_000_000)
 """Seeds of random placements for training and, after them, of those by which policies and settings are chosen. Noise
 has seeds of its own, 2,000,000 and more in rollouts."""
+MAX_SEED = 2**32 - 1 - 1_000_000
+"""Episodes have this seed and the ones after it; simulators take 32 bits."""
 
 
 class RunConfig(Section):

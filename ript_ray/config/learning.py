@@ -10,7 +10,9 @@ from pydantic import Field, field_validator
 from ript_ray.config.section import Section
 from ript_ray.errors import nearest
 
-OBJECTIVE_NAMES = ("advantage_weighted", "cfg", "flow_sde", "fpo", "imitation", "label_dropout", "nft")
+WEIGHING = ("advantage_weighted", "flow_sde", "fpo", "nft")
+"""Objectives to which it matters how good a sample is, not only whether it is."""
+OBJECTIVE_NAMES = (*WEIGHING, "cfg", "imitation", "label_dropout")
 
 
 class SamplingConfig(Section):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ript_ray.config.job import INIT_STATES, PLACEMENTS
-from ript_ray.config.learning import ObjectiveConfig
+from ript_ray.config.job import INIT_STATES, MAX_SEED, PLACEMENTS
+from ript_ray.config.learning import OBJECTIVE_NAMES, WEIGHING, ObjectiveConfig
 
 if TYPE_CHECKING:
     from ript_ray.config import Config
@@ -32,12 +32,15 @@ def _states(config: Config) -> None:
                 f"env.{name}_init_states=[{first}, {end}]: expected 0 <= first < end <= {INIT_STATES}, the number "
                 "of initial states of each task"
             )
-    if max(train[0], held_out[0]) < min(train[1], held_out[1]):
+    if not config.env.train_placements and max(train[0], held_out[0]) < min(train[1], held_out[1]):
         raise ValueError(
             f"env.train_init_states={list(train)} and env.eval_init_states={list(held_out)} overlap; "
-            "a policy must not be trained on the states it is evaluated on"
+            "a policy must not be trained on the states it is evaluated on; set env.train_placements=400, and it is "
+            "trained on none of them"
         )
-
+    for key, seed in (("eval.seed", config.eval.seed), ("run.seed", config.run.seed)):
+        if seed > MAX_SEED:
+            raise ValueError(f"{key}={seed}: simulators take seeds below 2^32; expected at most {MAX_SEED}")
     seeds = range(config.eval.seed, config.eval.seed + config.eval.random_placement)
     if seeds and (seeds.start < INIT_STATES or (seeds.start < PLACEMENTS.stop and PLACEMENTS.start < seeds.stop)):
         raise ValueError(
@@ -170,12 +173,18 @@ def _weights(config: Config) -> None:
             "success would have no weight, and a failure some; set objective.fastest=1, or "
             "objective.negatives=relu or hinge"
         )
-    if objective.name in _COMPARE and objective.negatives == "abs":
+    if objective.name in _COMPARE and (objective.negatives == "abs" or objective.normalise == "min_max"):
+        how = "negatives=abs" if objective.negatives == "abs" else "normalise=min_max"
         raise ValueError(
-            f"objective.negatives=abs with objective.name={objective.name}: it would make failures likelier, as "
-            "much as successes; set objective.negatives=keep"
+            f"objective.{how} with objective.name={objective.name}: it would make failures likelier, as "
+            "successes; set objective.negatives=keep objective.normalise=none (or standard)"
         )
-    if objective.name in ("cfg", "label_dropout", "imitation"):
+    if objective.normalise == "min_max" and objective.negatives in ("relu", "hinge"):
+        raise ValueError(
+            f"objective.normalise=min_max with objective.negatives={objective.negatives}: no advantage is negative "
+            "then, so failures would be imitated; set objective.normalise=none (or standard)"
+        )
+    if objective.name in OBJECTIVE_NAMES and objective.name not in WEIGHING:
         for key in ("normalise", "clip", "negatives"):
             if getattr(objective, key) != ObjectiveConfig.model_fields[key].default:
                 raise ValueError(

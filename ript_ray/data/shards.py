@@ -10,6 +10,7 @@ import numpy as np
 
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
+from ript_ray.config.learning import WEIGHING
 from ript_ray.data.windows import batches_with_good, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
 from ript_ray.types import EpisodeReport, Shard
@@ -63,7 +64,7 @@ def make_shard(
     weights = np.zeros_like(raw)
     weights[~neither], counts = process(raw[~neither], config.objective)
     good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
-    if config.objective.name != "imitation" and not good.any():
+    if not _teaches(raw, weights, config.objective):
         windows = windows[:0]  # from failures alone nothing is learnt: the policy that acts goes on acting
         good = good[:0]
     seed = [config.run.seed, step]
@@ -88,6 +89,16 @@ def make_shard(
         batch_size=train.batch_size,
     )
     return shard, counts
+
+
+def _teaches(advantages: np.ndarray, weights: np.ndarray, objective: ObjectiveConfig) -> bool:
+    """Is anything good among these trajectories, and does it count for the objective?"""
+    if objective.name == "imitation":
+        return True
+    good = advantages > 0
+    if objective.name in WEIGHING:  # normalising may have left nothing of it
+        good &= weights > 0
+    return bool(good.any())
 
 
 def number_demos(demos: Sequence[tuple[EpisodeReport, Any]]) -> Demos:

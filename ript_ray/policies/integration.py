@@ -22,6 +22,8 @@ class Explore:
     """Actions of the chunk that will be executed; kept with the step."""
     generator: torch.Generator
     """On the CPU; draws the place and the noise of the step."""
+    real: int
+    """Leading dimensions of an action that the environment gets; π0 pads the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class ChainStep:
     x_next: torch.Tensor
     """After it: float32[B, T, D]."""
     log_prob: torch.Tensor
-    """Log-probability of the step, summed over action dimensions: float32[B, T]."""
+    """Log-probability of the step, summed over the environment's action dimensions: float32[B, T]."""
     time: torch.Tensor
     """t of x: float32[B]."""
     duration: torch.Tensor
@@ -109,7 +111,7 @@ def integrate_with_noise(
         drawn = mean + std * kick
         here = (place == i)[:, None, None]
         stepped = torch.where(here, drawn, x - v / steps)
-        log_probs = _log_prob(drawn, mean, std)
+        log_probs = _log_prob(drawn, mean, std)[..., : explore.real].sum(-1)
         before, after = torch.where(here, x, before), torch.where(here, drawn, after)
         log_prob = torch.where(here[..., 0], log_probs, log_prob)
         x = stepped
@@ -117,23 +119,24 @@ def integrate_with_noise(
     return x, ChainStep(before, after, log_prob, 1.0 - place / steps, duration, levels, executed)
 
 
-def log_prob_under(velocity: torch.Tensor, chain: ChainStep) -> torch.Tensor:
+def log_prob_under(velocity: torch.Tensor, chain: ChainStep, real: int) -> torch.Tensor:
     """Log-probability of recorded steps under another velocity at their x and time, summed over action dimensions.
 
     Args:
         velocity: float32[B, T, D].
         chain: the steps.
+        real: so many leading dimensions count, as in `Explore`.
 
     Returns:
         float32[B, T].
     """
     mean, std = euler_maruyama(velocity, chain.x, chain.time, chain.duration, chain.level)
-    return _log_prob(chain.x_next, mean, std)
+    return _log_prob(chain.x_next, mean, std)[..., :real].sum(-1)
 
 
 def _log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Of a diagonal Gaussian, summed over the last dimension."""
-    return (-0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    """Of each element of a diagonal Gaussian."""
+    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def _time(x: torch.Tensor, i: int, steps: int) -> torch.Tensor:

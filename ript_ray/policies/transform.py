@@ -26,8 +26,8 @@ _SMALLEST_ARM_STD = (0.01, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01)
 hand: its angles are noise of a hundredth of a radian, which would otherwise be blown up to the size of everything else,
 and outliers to 16 deviations."""
 
-_REACH = 5.0
-"""Means of actions that worlds take as they are, in [−1, 1], are smaller by far."""
+_REACH = 1.5
+"""Means of actions in [−1, 1] are no larger than 1; statistics may be rounded, or of a robot a little larger."""
 
 
 def check_relative(key: str, count: int, actions: int, states: int) -> None:
@@ -120,8 +120,9 @@ class Normalisation:
         centres = np.array(self.action_mean) + np.array(self.relative) * states[: len(self.action_mean)]
         if (furthest := np.abs(centres).max()) > _REACH:
             raise UserError(
-                f"{what} takes actions in [−1, 1], and those that the policy was made from are around {furthest:.3g} "
-                "(in degrees?); expected actions scaled to [−1, 1]: scale those of the demonstrations"
+                f"{what} takes actions in [−1, 1], and those that the policy was made from are around {furthest:.3g}: "
+                "in degrees, or another number of them than convert.relative or sft.relative says is relative to the "
+                "state (openpi's pi0_libero: convert.relative=6); expected actions of [−1, 1]"
             )
 
     def encode_state(self, state: torch.Tensor) -> torch.Tensor:

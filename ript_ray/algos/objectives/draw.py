@@ -131,7 +131,7 @@ class Draw:
     def chain_log_prob(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of the stochastic step by which each sample was made, now and then, of c = 1.
 
-        Sums over action dimensions and over those steps that were executed: float32[B] each.
+        Sums over the environment's action dimensions and over those steps that were executed: float32[B] each.
 
         Raises:
             ValueError: when the samples were made without one.
@@ -141,7 +141,8 @@ class Draw:
             raise ValueError("these samples were made without a stochastic step; set policy.explore, for example 0.5")
         ones = torch.ones(len(self.batch), dtype=torch.long, device=self.time.device)
         conditioned = self._policy.conditioned(self._features(), ones)
-        now = log_prob_under(self._policy.velocity(conditioned, chain.x, chain.time).float(), chain)
+        real = len(self._policy.transform.action_mean)
+        now = log_prob_under(self._policy.velocity(conditioned, chain.x, chain.time).float(), chain, real)
         executed = (torch.arange(now.shape[1], device=now.device) < chain.executed[:, None]) & self._valid
         return (now * executed).sum(1), (chain.log_prob * executed).sum(1)
 

@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -160,9 +161,9 @@ def train_until_it_fails(
             demo = shown.pop(0)
             demos.append((EpisodeReport.of(demo), ray.put(demo)))
         pool = spawn(SamplePool, config, demos, name="SamplePool")
-        folder, faults = run_dir.resolve(), survived + damaged
+        folder, noted = run_dir.resolve(), len(survived)
+        faults = survived + damaged
         coordinator = spawn(Coordinator, config, actors, pool, store, folder, faults, absent, name="Coordinator")
-        survived.clear()
         home = Home.here(run_dir, config.scaling.wait_timeout_s)
         learners = learner_group(config, policy, pool, store, coordinator, home)
         listeners: list[Callable[[dict[str, Any]], Any]] = [
@@ -175,6 +176,7 @@ def train_until_it_fails(
         others = {"SamplePool": pool, "WeightStore": store}
         with gallery, Monitor(coordinator, config.scaling, listeners, others, survived) as monitor:
             base = ray.get(coordinator.evaluate.remote("evaluating before", keep=1))
+            del survived[:noted]  # it has answered, so it has them
             collecting = coordinator.run.remote()
             monitor.watch(collecting, pool)
             try:
@@ -235,7 +237,9 @@ def evaluate(config: Config, run_dir: Path) -> dict[str, Any]:
         columns[name] = summary_by_start(played)
     print(config.env.id)
     for name, result in columns.items():
-        print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}")
+        failed = sum(result is None for result in outcomes[name])
+        without = f", {failed} more were not played: their environments failed" if failed else ""
+        print(f"  {name.replace('_', ' '):<17}{describe_rate(result)}{without}")
     return {"env": config.env.id} | columns | {"results": outcomes, "versions": versions(renderer)}
 
 
@@ -287,6 +291,7 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
 
 def demonstrations_of_actors(config: Config, contexts: list[Context]) -> Iterator[Trajectory]:
     """A demonstration of each context, in their order, made by rollout actors."""
+    from ray.exceptions import RayActorError
     from ray.util import ActorPool
 
     from actors.rollout import RolloutActor
@@ -295,8 +300,18 @@ def demonstrations_of_actors(config: Config, contexts: list[Context]) -> Iterato
     with ray_session(config.scaling, ResourcePlan.of(config.scaling, learners=False)):
         actors, _ = start_actors(RolloutActor, config.scaling, config, {}, None)
         workers = ActorPool(actors)
-        # One that dies starts again and makes the same demonstration.
-        yield from workers.map(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), contexts)
+        for context in contexts:  # an actor that dies starts again and makes the same demonstration
+            workers.submit(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), context)
+        for context in contexts:
+            try:
+                yield workers.get_next(timeout=config.scaling.wait_timeout_s)
+            except TimeoutError as error:
+                raise UserError(
+                    f"scaling.wait_timeout_s={config.scaling.wait_timeout_s:g}: no demonstration of {context} came "
+                    "within it; see what became of the actors: ray list actors --detail"
+                ) from error
+            except RayActorError as error:
+                log.warning("the demonstration of %s is left out, its actor died each time: %s", context, error)
 
 
 def sft(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -445,6 +460,12 @@ def main(arguments: list[str] | None = None) -> int:
         if (Path(__file__).parent / str(error.name).split(".")[0]).exists():
             raise  # one of the project's own
         print(f"error: the package {error.name!r} is not there for {sys.executable}; run: make setup", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not any(words in str(error) for words in _NO_ROOM):
+            raise
+        where = f"temporary files are in {gettempdir()}, see TMPDIR"
+        print(f"error: a disk is full: {error}; make room ({where})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

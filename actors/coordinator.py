@@ -132,6 +132,7 @@ class Coordinator:
             jobs = self._ask(self._pool.seal.remote(step))
             if self._ask(self._store.newer_than.remote(step)) is not None:  # learnt in an earlier session
                 self._ask(self._pool.skip.remote(step))
+                self._progress.learnt_before(step)
             elif jobs:
                 # The learner may start: frames come in the order in which it needs them.
                 references = dispatcher.render(jobs)
@@ -305,8 +306,9 @@ class Coordinator:
             else:
                 self._take(outcome, now, dispatcher)
         ended_by, seconds = ended
-        last = step + 1 == self._config.train.updates
-        if not self._asynchronous or last:
+        metrics, goal = now.metrics(seconds), self._config.train.stop_at
+        reached = goal is not None and metrics["rollout/success_low"] >= goal
+        if not self._asynchronous or reached or step + 1 == self._config.train.updates:
             dispatcher.cancel(set(now.groups))
             for outcomes in now.finished.values():
                 self._drop(outcomes)
@@ -315,15 +317,14 @@ class Coordinator:
         self._totals.ended_by[ended_by] += 1
         self._totals.errors += errors
         learners_lost = sum(_LEARNERS_LOST in error for error in self._totals.errors)
-        row = now.metrics(seconds) | self._totals.since(before)
+        row = metrics | self._totals.since(before)
         row |= {
             "rollout/skipped_states": self._sampler.skipped,
             "rollout/errors": len(errors),
             "rollout/restarts": self._journal.sessions - 1 + learners_lost,
         }
         self.log({"update": step + 1} | row)
-        goal = self._config.train.stop_at
-        return goal is not None and row["rollout/success_low"] >= goal
+        return reached
 
     def _ended(self, now: Collection) -> tuple[str, float] | None:
         """What ended a collection, and after how many seconds; as the journal has it, if it does."""
@@ -404,8 +405,9 @@ class Coordinator:
                 references = [self._files.reference(outcome, self._version) for outcome in members]
         except UserError as error:  # `run.storage` may have an episode as it became after the journal was copied
             fault = f"group {group.id} is not trained on: {error}"
-            self._totals.errors.append(fault)
-            self._journal.fault(fault)
+            if fault not in self._totals.errors:  # of an earlier session
+                self._totals.errors.append(fault)
+                self._journal.fault(fault)
             now.accepted += 1  # as it did then: which groups come next depends on it
             return
         accepted = self._ask(self._pool.add.remote(group.id, [outcome.report for outcome in members], references))

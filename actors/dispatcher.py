@@ -109,6 +109,8 @@ class Dispatcher:
         """Not handed on yet."""
         self._dropped: dict[int, Episode] = {}
         """Dropped from the queue while earlier sessions are lived through again."""
+        self._unwanted: set[int] = set()
+        """Numbers of running episodes that are not tried again if they fail."""
         self._reasons: dict[Context, str] = {}
         """What an actor's watchdog said when it ended an episode."""
         self.errors: list[str] = []
@@ -121,11 +123,12 @@ class Dispatcher:
         self._start()
 
     def cancel(self, tags: set[int]) -> None:
-        """Drop queued episodes of these groups; those that run are left to finish."""
+        """Drop queued episodes of these groups; those that run are left to finish, but not tried again."""
         self.drop(lambda episode: episode.tag in tags)
 
     def drop(self, unwanted: Callable[[Episode], bool]) -> None:
-        """Drop queued episodes that are unwanted."""
+        """Drop queued episodes that are unwanted; of those that run, those that fail."""
+        self._unwanted |= {episode.number for _, _, episode in self._running.values() if unwanted(episode)}
         dropped = [episode for episode in self._queue if unwanted(episode)]
         self._queue = deque(episode for episode in self._queue if not unwanted(episode))
         if self._journal.replaying:  # some of them were being played then, and finished later
@@ -153,6 +156,8 @@ class Dispatcher:
         """
         references = []
         there = self.there or self.absent
+        if not there:
+            raise RuntimeError("no rollout actor is left to make frames")
         for turn, job in enumerate(jobs):
             fit = [actor for actor in there if self._at.get(actor) == job.env_id] or there
             actor = fit[turn % len(fit)]
@@ -335,6 +340,8 @@ class Dispatcher:
         episode.failed_on.add(actor)
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         self._survived(f"{episode.context}: {reason}")
+        if episode.number in self._unwanted:
+            return
         if episode.attempts < _MAX_ATTEMPTS:
             self._queue.appendleft(episode)
         else:

@@ -58,6 +58,12 @@ class Progress:
             if not self._stage.endswith("rollouts"):
                 self._stage, self._done, self._expected = stage, done, expected
 
+    def learnt_before(self, step: int) -> None:
+        """An earlier session did this update."""
+        with self._lock:
+            self._finished[f"update {step + 1}: learning"] = 1.0
+            self._earlier = self._fraction()
+
     def now(self) -> dict[str, Any]:
         """``stage``, ``done`` of ``expected`` in it, the ``fraction`` of the whole job, and what of that was done by
         ``earlier`` sessions, which says nothing of the speed.

@@ -18,6 +18,7 @@ from actors.weights import PolicyCopy
 from ript_ray.config import Config
 from ript_ray.envs import World
 from ript_ray.envs.rendering import choose, describe_renderer
+from ript_ray.footprint import check_gpu_share
 from ript_ray.policies.checkpoints import empty_policy
 from ript_ray.policies.exploration import Exploration, acting_settings
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
@@ -56,11 +57,20 @@ class RolloutActor:
         fused = config.policy.compiled
         self._description = description
         self._policy = PolicyCopy(store, description, device, limit, fused) if store is not None else None
-        choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
+        if device.type == "cuda" and store is not None:
+            memory = torch.cuda.get_device_properties(0).total_memory
+            check_gpu_share(empty_policy(description), config, float(memory))
         ids = config.env.ids
-        # At the first start mistakes should show at once. Later, a task that crashes must not take the others with it.
-        if self._watchdog.earlier is None:
-            self._enter(ids[index % len(ids)])
+        try:
+            choose(os.environ.get("CUDA_VISIBLE_DEVICES") if config.scaling.actor_gpus > 0 else None)
+            # At the first start mistakes show at once. Later, a task that crashes must not take the others with it.
+            if self._watchdog.earlier is None:
+                self._enter(ids[index % len(ids)])
+        except Exception as error:
+            if not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise
+            # It was there, so it may be again: Ray starts a process again that has ended, not one that has raised.
+            self._watchdog.end(f"it could not start again: {error}")
 
     def __repr__(self) -> str:
         return f"RolloutActor{self._index}"

@@ -39,10 +39,6 @@ _SHARE = 0.65
 _GPU_SHARE = 0.95
 """Of a GPU's memory; the rest is lost between blocks."""
 _RAY_WORKER_GB = 0.15
-_CUDA_GB = 0.6
-"""CUDA's own, in each process."""
-_ACTING_GB = 0.4
-"""What one chunk takes while it is computed, and the renderer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,18 +275,18 @@ def available_memory_gb() -> float:
 def _learner_parts(policy: Policy, config: Config, sizes: dict[str, int]) -> dict[str, float]:
     if config.plan.learner_gpu_gb is not None:
         return {"as plan.learner_gpu_gb says": config.plan.learner_gpu_gb}
-    from ript_ray.footprint import update_footprint
+    from ript_ray.footprint import CUDA_BYTES, update_footprint
 
-    return {name: size / 1e9 for name, size in update_footprint(policy, config, **sizes).items()} | {"CUDA": _CUDA_GB}
+    parts = update_footprint(policy, config, **sizes) | {"CUDA": CUDA_BYTES}
+    return {name: size / 1e9 for name, size in parts.items()}
 
 
 def _actor_parts(policy: Policy, config: Config) -> dict[str, float]:
     if config.plan.actor_gpu_gb is not None:
         return {"as plan.actor_gpu_gb says": config.plan.actor_gpu_gb}
-    from ript_ray.policies.checkpoints import published_bytes
+    from ript_ray.footprint import acting_footprint
 
-    weights = published_bytes(policy, config.policy.precision)
-    return {"weights": weights / 1e9, "a chunk and the renderer": _ACTING_GB, "CUDA": _CUDA_GB}
+    return {name: size / 1e9 for name, size in acting_footprint(policy, config.policy.precision).items()}
 
 
 def _does_not_fit(parts: dict[str, float], learners: int, machine: Machine, fitting: int) -> str:

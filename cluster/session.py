@@ -30,6 +30,13 @@ class Node:
     cpus: float
     gpus: float
     labels: Mapping[str, str]
+    taken: tuple[float, ...] = ()
+    """Shares of its GPUs that are taken, of the first ones."""
+
+    @property
+    def free_gpus(self) -> list[float]:
+        """What is left of each."""
+        return [1.0 - share for share in self.taken] + [1.0] * (int(self.gpus) - len(self.taken))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +54,24 @@ class Workers:
         """How many an empty node could take."""
         if not all(_selects(wanted, node.labels.get(label)) for label, wanted in self.labels.items()):
             return 0
-        by_gpus = int(node.gpus / self.gpus + 1e-9) if self.gpus else self.count
-        return min(self.count, int(node.cpus / self.cpus + 1e-9), by_gpus)
+        return min(self.count, int(node.cpus / self.cpus + 1e-9), self._fit_on_gpus(node.free_gpus))
+
+    def _fit_on_gpus(self, free: Sequence[float]) -> int:
+        """Several may share a GPU; none has parts of several."""
+        if not self.gpus:
+            return self.count
+        if self.gpus < 1:
+            return sum(int(share / self.gpus + 1e-9) for share in free)
+        return int(sum(share > 1 - 1e-9 for share in free) / self.gpus + 1e-9)
+
+    def placed_on(self, node: Node, count: int) -> Node:
+        """What is left of a node with so many of them, each on the fullest GPU that has room, as Ray places them."""
+        free, share = node.free_gpus, min(1.0, self.gpus)
+        for _ in range(count if share else 0):
+            fit = sorted((i for i, left in enumerate(free) if left > share - 1e-9), key=free.__getitem__)
+            for i in fit[: max(1, int(self.gpus))]:
+                free[i] -= share
+        return replace(node, cpus=node.cpus - count * self.cpus, taken=tuple(1.0 - left for left in free))
 
     def spread_over(self, nodes: Sequence[Node], sparing: Workers) -> list[Node]:
         """What is left of empty nodes once the workers were dealt to them in turn, as far as there is room.
@@ -61,10 +84,7 @@ class Workers:
         for _ in range(min(self.count, sum(rooms))):
             least = min((i for i, room in enumerate(rooms) if taken[i] < room), key=lambda i: taken[i])
             taken[least] += 1
-        return [
-            replace(node, cpus=node.cpus - n * self.cpus, gpus=node.gpus - n * self.gpus)
-            for node, n in zip(order, taken, strict=True)
-        ]
+        return [self.placed_on(node, n) for node, n in zip(order, taken, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +264,8 @@ def start_actors(actor_class: Any, scaling: ScalingConfig, *args: Any) -> tuple[
     if len(ready) < scaling.needed_actors:
         raise UserError(
             f"scaling.wait_timeout_s={scaling.wait_timeout_s:g}: {len(ready)} of {scaling.needed_actors} rollout "
-            "actors started within it; see what is taken and by whom: ray status, ray list actors"
+            "actors started within it; see what is taken and by whom, and whether they died: ray status, ray list "
+            "actors --detail, and the logs in /tmp/ray/session_latest/logs"
         )
     try:
         ray.get(ready, timeout=scaling.wait_timeout_s)

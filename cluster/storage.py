@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -103,10 +104,10 @@ class Storage:
     def _save(self) -> None:
         # A checkpoint comes after its row, a row after what the journal has of it, and an entry after its episode. So
         # what is read first speaks of nothing that is not copied with it.
-        learnt = set((self._run_dir / "checkpoints").rglob("*"))
+        learnt = set(_files_in(self._run_dir / "checkpoints"))
         lines = {name: _whole_lines(self._run_dir / name) for name in (_ROWS, _JOURNAL)}
         # What an average was made of comes before it: the run goes on from both.
-        for file in sorted(self._run_dir.rglob("*"), key=lambda file: ("unaveraged" not in str(file), file)):
+        for file in sorted(_files_in(self._run_dir), key=lambda file: ("unaveraged" not in str(file), file)):
             inside = file.relative_to(self._run_dir).parts
             if inside[0] in {*_NOT_KEPT, *lines} or any(part.startswith(".") for part in inside):
                 continue
@@ -236,6 +237,11 @@ def _explained(url: str) -> Iterator[None]:
             f"run.storage={url!r}: {str(error).splitlines()[0]}; expected a folder that can be written: a path, or "
             "a URL such as s3://bucket/run, with the credentials that its service looks for"
         ) from error
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All below a folder, where others write: a folder that vanishes meanwhile has none."""
+    return [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
 
 
 def _whole_lines(file: Path) -> bytes:

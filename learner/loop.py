@@ -27,7 +27,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from learner.steps import plan_steps, update_generator
 from learner.update import NonFinite, Step, update
 from ript_ray.config import Config
-from ript_ray.policies.checkpoints import UNAVERAGED, build_policy, cpu_weights, load_policy, save_policy, to_publish
+from ript_ray.policies.checkpoints import (
+    UNAVERAGED,
+    build_policy,
+    from_published,
+    load_policy,
+    save_policy,
+    to_publish,
+)
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch, Finished, FrameBatch, Trajectory
 
@@ -63,7 +70,7 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
         train_loop_config={
             "config": config,
             "description": policy.describe(),
-            "weights": [ray.put(cpu_weights(policy))],
+            "weights": [ray.put(to_publish(policy)[0])],  # NumPy's arrays are shared by all learners of a node
             "pool": pool,
             "store": store,
             "coordinator": coordinator,
@@ -114,7 +121,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     if mesh is not None:
         device = torch.device("cpu")  # an update takes each learner's part to its GPU
     torch.set_num_threads(config.scaling.learner_threads)
-    start = ray.get(settings["weights"][0], timeout=limit)
+    start = from_published(ray.get(settings["weights"][0], timeout=limit))
     policy = build_policy(settings["description"], start).float().to(device)
     anchored = config.train.anchor > 0
     anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
@@ -122,7 +129,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     home = settings["home"]
     published = ray.get(store.newer_than.remote(0), timeout=limit)
     first = 0 if published is None else published[0]
-    acting = _go_on(policy, first, home) if first else policy
+    # Only the first publishes, and an update that starts anew needs nothing of the one before.
+    acting = _go_on(policy, first, home) if first and (rank == 0 or not config.train.restart) else policy
     worker = _Worker(rank, mesh, anchor, coordinator, store, memory, home)
     if (reason := ray.get(coordinator.diagnosis.remote(), timeout=limit)) is not None:
         raise RuntimeError(reason)  # it was not the process: the update would fail again

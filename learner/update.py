@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,7 +133,9 @@ def update(
     parameters = _trained_parameters(trained)
     # On a GPU the fused kernel needs no copy of what is trained, nor one launch for each tensor.
     on_gpu = parameters[0].device.type == "cuda"
-    optimiser = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=on_gpu or None)
+    optimiser = torch.optim.AdamW(
+        _groups(trained, train.condition_lr), lr=train.lr, weight_decay=train.weight_decay, fused=on_gpu or None
+    )
     terms = _Terms(trained, train, objective, generator, before, (anchor or before) if train.anchor > 0 else None)
     if train.precision == "float16":
         terms.scale = _LOSS_SCALE
@@ -150,7 +153,7 @@ def update(
                 f"(now {train.lr}) or train.precision=float32",
             )
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(index, len(steps), train.lr, train.warmup)
+            group["lr"] = group["factor"] * learning_rate(index, len(steps), train.lr, train.warmup)
         optimiser.step()
         if averaging and train.ema > 0:
             average = _averaged(average, parameters, train.ema)
@@ -203,6 +206,14 @@ def _frozen(policy: Policy, mesh: DeviceMesh | None) -> Policy:
 
 def _trained_parameters(policy: Policy) -> list[Parameter]:
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def _groups(policy: Policy, factor: float) -> list[dict[str, Any]]:
+    """What is trained, apart what tells the policy its condition, whose learning rate has a factor."""
+    named = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    told = [parameter for name, parameter in named if name.startswith("condition.")]
+    rest = [parameter for name, parameter in named if not name.startswith("condition.")]
+    return [{"params": p, "factor": f} for p, f in ((rest, 1.0), (told, factor)) if p]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,49 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
 from ript_ray.config import Config, ObjectiveConfig
+from ript_ray.errors import UserError
 from ript_ray.policies.adapt import adapt, autocast
+from ript_ray.policies.checkpoints import published_bytes
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch
 
 _FLOAT32 = 4
+CUDA_BYTES = 0.6e9
+"""CUDA's own, in each process."""
+_ACTING_BYTES = 0.4e9
+"""What one chunk takes while it is computed, and the renderer."""
+
+
+def acting_footprint(policy: Policy, precision: str) -> dict[str, float]:
+    """Bytes that a rollout actor takes of its GPU, by what takes them.
+
+    Args:
+        policy: of any size; its weights may be without memory.
+        precision: ``policy.precision``.
+    """
+    weights = published_bytes(policy, precision)
+    return {"weights": weights, "a chunk and the renderer": _ACTING_BYTES, "CUDA": CUDA_BYTES}
+
+
+def check_gpu_share(policy: Policy, config: Config, gpu_bytes: float) -> None:
+    """Is an actor's share of a GPU as large as what it takes of its memory? Ray deals out shares and looks at no bytes.
+
+    Args:
+        policy: of any size; its weights may be without memory.
+        config: has the share.
+        gpu_bytes: memory of the GPU.
+
+    Raises:
+        UserError: when actors with such shares would not fit together.
+    """
+    told, share = config.plan.actor_gpu_gb, config.scaling.actor_gpus
+    needed = 1e9 * told if told is not None else sum(acting_footprint(policy, config.policy.precision).values())
+    if needed > min(1.0, share) * gpu_bytes:
+        raise UserError(
+            f"scaling.actor_gpus={share:g} of a GPU of {gpu_bytes / 1e9:.1f} GB: an actor takes {needed / 1e9:.1f} GB "
+            f"of it; set scaling.actor_gpus={math.ceil(100 * needed / gpu_bytes) / 100:g} or more, "
+            "policy.precision=bfloat16 or int8, or correct plan.actor_gpu_gb"
+        )
 
 
 def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: int, action_dim: int) -> dict[str, float]:

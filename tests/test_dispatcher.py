@@ -123,6 +123,30 @@ class Leaver:
         os._exit(1)
 
 
+@ray.remote(num_cpus=0)
+class Breaker:
+    """Fails at every episode."""
+
+    def collect(self, *_: Any) -> tuple[None, None]:
+        raise ValueError("broken")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_runs_and_is_not_wanted_any_more_is_not_tried_again(wanted: bool, tmp_path: Path) -> None:
+    breaker = Breaker.remote()
+    dispatcher = Dispatcher([breaker], ScalingConfig(), Journal(tmp_path))
+    dispatcher.submit(Episode(7, FINE, guidance=1.0))
+    dispatcher.cancel({8 if wanted else 7})
+    outcome = dispatcher.next()
+    if wanted:
+        assert outcome is not None
+        assert "failed 3 times" in outcome.reason
+    else:
+        assert outcome is None
+    assert len(dispatcher.errors) == (3 if wanted else 1)
+    ray.kill(breaker)
+
+
 def test_what_an_actor_wrote_down_before_it_died_is_not_played_again(tmp_path: Path) -> None:
     dispatcher = Dispatcher([Leaver.remote(make_trajectory(20))], ScalingConfig(), Journal(tmp_path))
     dispatcher.submit(Episode(-1, FINE, guidance=1.0))

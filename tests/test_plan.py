@@ -16,7 +16,7 @@ from launch import main
 from ript_ray.algos.objectives import Draw, find_objective
 from ript_ray.config import Config, ObjectiveConfig, load_config
 from ript_ray.errors import UserError
-from ript_ray.footprint import update_footprint
+from ript_ray.footprint import check_gpu_share, update_footprint
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Batch
 
@@ -82,6 +82,23 @@ def test_what_an_update_takes_is_what_one_takes(kind: str, precision: str, ancho
     assert told["gradients"] >= sum(p.grad.nbytes for p in parameters if p.grad is not None)
     assert told["AdamW's two moments"] == pytest.approx(sum(m.nbytes for m in moments), rel=0.02)
     assert ("weights in bfloat16" in told) == (precision == "bfloat16")
+
+
+def test_an_actors_share_of_a_gpu_holds_its_policy() -> None:
+    policy = policy_without_weights("random:pi0")
+
+    def check(share: float, gpu_gb: float, **changes: Any) -> None:
+        settings = {"policy": {"precision": changes.pop("precision", "bfloat16")}, "scaling": {"actor_gpus": share}}
+        check_gpu_share(policy, Config.model_validate(settings | changes), 1e9 * gpu_gb)
+
+    check(0.15, 80)
+    with pytest.raises(UserError, match=r"=0\.15 of a GPU of 24\.0 GB: an actor takes 7\.5 GB .*actor_gpus=0\.32"):
+        check(0.15, 24)
+    check(0.32, 24)
+    check(0.2, 24, precision="int8")
+    check(0.15, 24, plan={"actor_gpu_gb": 3.5})
+    with pytest.raises(UserError, match="actor_gpus=4"):
+        check(4, 6)
 
 
 def test_what_makes_an_update_smaller_and_larger() -> None:

@@ -325,6 +325,20 @@ def test_infinite_weights_of_the_last_step_are_not_returned() -> None:
         update(policy, [Step([lambda: batch], 6, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
 
 
+def test_what_tells_the_condition_may_learn_faster() -> None:
+    def moved(factor: float) -> dict[str, float]:
+        policy, batch = make_policy(), make_batch(6)
+        before = cpu_weights(policy)
+        settings = config(lr=1e-5, warmup=1.0, condition_lr=factor, weight_decay=0.0)
+        update(policy, [Step([lambda: batch], 6, 6)], settings, ObjectiveConfig(), torch.Generator().manual_seed(0))
+        return {name: (tensor - before[name]).abs().max().item() for name, tensor in cpu_weights(policy).items()}
+
+    alike, faster = moved(1.0), moved(100.0)
+    for name, change in alike.items():
+        assert faster[name] == pytest.approx(change * (100 if name == "condition.weight" else 1), rel=1e-2, abs=1e-9)
+    assert alike["condition.weight"] == pytest.approx(1e-5, rel=1e-2)  # AdamW's first step
+
+
 def change_in_three_steps(precision: str) -> tuple[torch.Tensor, dict[str, float], int]:
     """The change of all weights, diagnostics, and how often a step was computed."""
     policy, batch = make_policy(), make_batch(6)

@@ -56,3 +56,12 @@ def test_rollouts_that_run_while_an_update_is_learnt_are_shown_rather() -> None:
     progress.enter("update 2: rollouts", 8)
     progress.learning(0, 1, 2)
     assert progress.now()["stage"] == "update 2: rollouts"
+
+
+def test_updates_of_an_earlier_session_are_done() -> None:
+    progress = Progress(Config(), training=True)
+    whole = Progress(Config(), training=True)
+    for step in range(Config().train.updates):
+        progress.learnt_before(step)
+        whole.learning(step, 2, 2)
+    assert progress.now()["earlier"] == progress.now()["fraction"] == whole.now()["fraction"] > 0

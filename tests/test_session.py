@@ -52,6 +52,31 @@ def test_a_job_starts_only_where_all_its_workers_find_a_place(settings: dict[str
     assert fits(**settings) is expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"actors": 2, "actor_gpus": 0.6, "learners": 0}, True),
+        ({"actors": 3, "actor_gpus": 0.6, "learners": 0}, False),  # 1.8 of 2 GPUs, but one on each
+        ({"actors": 6, "actor_gpus": 0.3, "learners": 0}, True),
+        ({"actors": 7, "actor_gpus": 0.25, "learners": 1, "learner_gpus": 0.25}, True),
+        ({"actors": 2, "actor_gpus": 0.6, "learners": 1, "learner_gpus": 0.5}, False),
+        ({"actors": 3, "actor_gpus": 0.3, "learners": 1, "learner_gpus": 1}, True),  # all on one
+        ({"actors": 4, "actor_gpus": 0.3, "learners": 1, "learner_gpus": 1}, False),
+        ({"actors": 4, "actor_gpus": 0.3, "learners": 1, "learner_gpus": 0.7}, True),
+        ({"actors": 1, "actor_gpus": 2, "learners": 0}, True),
+        ({"actors": 1, "actor_gpus": 2, "learners": 1, "learner_gpus": 0.1}, False),
+    ],
+)
+def test_a_share_is_of_one_gpu(settings: dict[str, object], expected: bool) -> None:
+    plan = ResourcePlan.of(ScalingConfig.model_validate({"actor_cpus": 0.1, "learner_cpus": 0.1} | settings))
+    machine = [Node(cpus=16, gpus=2, labels={})]
+    if expected:
+        plan.check(machine)
+    else:
+        with pytest.raises(UserError):
+            plan.check(machine)
+
+
 def test_the_message_says_who_does_not_fit_where_and_what_to_change() -> None:
     scaling = ScalingConfig(learner_labels={"role": "lerner"})
     with pytest.raises(UserError, match=r"scaling\.learners=1: 0 fit on the 3 nodes.*role.*lerner.*ray list nodes"):

@@ -158,6 +158,10 @@ class TrainConfig(Section):
     """Windows per forward and backward pass; gradients are accumulated up to ``batch_size``."""
     lr: float = Field(default=5e-4, gt=0.0)
     """Peak learning rate of AdamW."""
+    condition_lr: float = Field(default=1.0, gt=0.0)
+    """Factor of the learning rate of what tells the policy its condition. In a new condition embedding of a π0 it is
+    zero, and AdamW moves it by no more than the sum of the learning rates: without a factor guidance would do nothing
+    for long."""
     warmup: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of an update's steps with a rising learning rate; a cosine to zero follows."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)

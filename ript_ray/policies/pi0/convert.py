@@ -171,10 +171,11 @@ def make_transform(
 def export(policy: Pi0Policy, target: Path, asset: str) -> None:
     """Write openpi's PyTorch layout.
 
-    It has no place for the condition: in π0 "good" becomes part of the state token's bias, which is exact.
+    It has no place for the condition: in π0 "good" becomes part of the state token's bias, in π0.5 of the biases of the
+    expert's norms, which are linear in it. The result acts as this policy does with a guidance of 1.
 
     Raises:
-        UserError: for a π0.5 that has learnt a condition, and for a policy that is told it in the prompt.
+        UserError: for a policy that is told it in the prompt.
     """
     if policy.config.condition == "text":
         raise UserError(
@@ -185,8 +186,10 @@ def export(policy: Pi0Policy, target: Path, asset: str) -> None:
     condition = weights.pop("condition.weight", None)
     if condition is not None and condition.any():
         if policy.config.pi05:
-            raise UserError("this π0.5 has learnt a condition on its time, for which openpi's layout has no place")
-        weights["state_proj.bias"] = weights["state_proj.bias"] + condition[1]
+            for name in [n for n in weights if n.startswith("expert.") and n.endswith("norm.dense.bias")]:
+                weights[name] = weights[name] + weights[name.removesuffix("bias") + "weight"] @ condition[1]
+        else:
+            weights["state_proj.bias"] = weights["state_proj.bias"] + condition[1]
     transform, c = policy.transform, policy.config
     stats: NormStats = {
         "state": _as_stats(transform.state_mean, transform.state_std, c.pi05),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_resume import SETTINGS, TIMING, finish, start
+from test_resume import SETTINGS, check_the_same, finish, start
 
 from launch import main
 from ript_ray.config import DemosConfig, load_config
@@ -20,14 +20,12 @@ from ript_ray.rollout import play
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ["data.windows=seen", "objective.fastest=0.5", "data.demo_share=0.25", "data.tail=pad"],
-        pytest.param(
-            ["data.windows=all", "objective.baseline=task", "train.restart=false", "train.anchor=0.1", "train.ema=0.9"],
-            marks=pytest.mark.slow,
-        ),
+        ["data.windows=all", "objective.baseline=task", "train.restart=false", "train.anchor=0.1", "train.ema=0.9"],
     ],
 )
 def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_path: Path, more: list[str]) -> None:
@@ -35,28 +33,7 @@ def test_the_loop_without_ray_ends_with_the_same_weights(point_start: Path, tmp_
     settings = [*SETTINGS, f"policy.checkpoint={point_start}", f"data.demos={demos}", *more]
     finish(start(*settings, "scaling.actors=1", f"run.dir={tmp_path / 'ray'}"))
     assert main(["train", *settings, "scaling.ray=false", f"run.dir={tmp_path / 'alone'}"]) == 0
-    expected, found = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("ray", "alone"))
-    for key in (
-        "weights_sha256",
-        "chosen",
-        "evaluation",
-        "updates",
-        "episodes",
-        "env_steps",
-        "groups",
-        "errors",
-        "versions",
-    ):
-        assert found[key] == expected[key], key
-
-    def rows(name: str) -> dict[tuple[int, str], float]:
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return {(r["update"], k): v for r in lines for k, v in r.items() if "/" in k and not k.endswith(TIMING)}
-
-    mine, theirs = rows("alone"), rows("ray")
-    assert len(mine) > 20
-    assert mine[3, "learner/steps"] > 0
-    assert mine == {key: theirs[key] for key in mine}
+    check_the_same(tmp_path / "ray", tmp_path / "alone")
 
 
 def test_an_update_without_samples_leaves_the_policy_as_it_is(point_start: Path, tmp_path: Path) -> None:

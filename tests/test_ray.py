@@ -314,6 +314,7 @@ def test_a_learner_that_is_killed_starts_again_at_its_update(tiny_config: Config
         torch.testing.assert_close(disturbed[name], tensor)
 
 
+@pytest.mark.slow
 def test_two_learners_agree_whether_or_not_they_divide_the_weights(tiny_config: Config, tmp_path: Path) -> None:
     shared, whole = (
         learn(

@@ -12,7 +12,7 @@ from ript_ray.errors import nearest
 
 WEIGHING = ("advantage_weighted", "flow_sde", "fpo", "nft")
 """Objectives to which it matters how good a sample is, not only whether it is."""
-OBJECTIVE_NAMES = (*WEIGHING, "cfg", "imitation", "label_dropout")
+OBJECTIVE_NAMES = tuple(sorted((*WEIGHING, "cfg", "imitation", "label_dropout")))
 
 
 class SamplingConfig(Section):

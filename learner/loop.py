@@ -30,6 +30,7 @@ from ript_ray.config import Config
 from ript_ray.policies.checkpoints import (
     UNAVERAGED,
     build_policy,
+    cpu_weights,
     from_published,
     load_policy,
     save_policy,
@@ -70,7 +71,8 @@ def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordin
         train_loop_config={
             "config": config,
             "description": policy.describe(),
-            "weights": [ray.put(to_publish(policy)[0])],  # NumPy's arrays are shared by all learners of a node
+            # NumPy's arrays are shared by all learners of a node, torch's tensors would be copied.
+            "weights": [ray.put({name: tensor.numpy() for name, tensor in cpu_weights(policy).items()})],
             "pool": pool,
             "store": store,
             "coordinator": coordinator,

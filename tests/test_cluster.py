@@ -149,7 +149,7 @@ def scrape(cluster: LocalCluster) -> dict[str, float]:
 def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, point_start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["--config", "configs/three_nodes.yaml", *POINT_REACH, f"policy.checkpoint={point_start}"]
-    settings += [f"run.dir={run}", "train.updates=20", "scaling.actor_cpus=0.5", "scaling.learner_cpus=1"]
+    settings += [f"run.dir={run}", "train.updates=16", "scaling.actor_cpus=0.5", "scaling.learner_cpus=1"]
     command = [sys.executable, "launch.py", "submit", *settings, "--json", str(tmp_path / "sent.json")]
 
     too_much = cluster.run(*command, "scaling.actors=50")
@@ -200,14 +200,7 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     assert "nothing that was played is lost" in client.get_job_logs(job)
     learnt = len(list((run / "checkpoints").glob("[0-9]*")))
     played = sum(entry["kind"] == "played" for entry in read_journal(run))
-    assert learnt < 20
-
-    again = cluster.run(*command, "train.updates=19")  # not the same run
-    assert again.returncode == 0
-    job = json.loads((tmp_path / "sent.json").read_text())["job"]
-    wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal())
-    assert client.get_job_status(job) == JobStatus.FAILED
-    assert "has another train.updates; give the same settings" in client.get_job_logs(job)
+    assert learnt < 16
 
     job = "by_ray_itself"
     send = ["ray", "job", "submit", "--no-wait", "--submission-id", job, "--working-dir", "."]
@@ -216,7 +209,7 @@ def test_a_job_is_sent_watched_stopped_and_sent_again(cluster: LocalCluster, poi
     wait_for("the end of the job", lambda: client.get_job_status(job).is_terminal(), 400.0)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)[-3000:]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["updates"] == 20
+    assert summary["updates"] == 16
     assert summary["sessions"] == 2
     assert summary["errors"] == []
     assert played < summary["episodes"]

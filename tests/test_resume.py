@@ -210,6 +210,17 @@ def test_a_run_without_ray_does_the_same(checkpoint: Path, undisturbed: Path, tm
     check_the_same(undisturbed, tmp_path / "run")
 
 
+def test_a_finished_run_is_found_again_and_another_job_is_refused_in_its_folder(
+    checkpoint: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ["train", *SETTINGS, f"policy.checkpoint={checkpoint}", f"run.dir={undisturbed}", "run.resume=true"]
+    result = tmp_path / "result.json"
+    assert launch.main([*same, "--json", str(result)]) == 0
+    assert json.loads(result.read_text()) == json.loads((undisturbed / "summary.json").read_text())
+    assert launch.main([*same, "train.updates=2"]) == 2
+    assert "has another train.updates; give the same settings" in capsys.readouterr().err
+
+
 def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "another machine" / "run"
     copied = shutil.copytree(checkpoint, tmp_path / "copied")

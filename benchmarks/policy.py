@@ -21,6 +21,7 @@ from ript_ray.policies.pi0.layout import to_openpi
 from ript_ray.policies.pi0.policy import PRESETS, Pi0Config, Pi0Policy
 from ript_ray.policies.pi0.prompt import PromptTokenizer
 from ript_ray.policies.pi0.transform import Pi0Transform
+from ript_ray.policies.policy import Policy
 
 if TYPE_CHECKING:
     from ript_ray.config import Config
@@ -61,7 +62,9 @@ def measure_policy(
     theirs = None if policy.config.pi05 else _transformers_pi0(policy).to(dtype)
     if compiled:
         policy.compile_step("max-autotune-no-cudagraphs")
-    result["inference"] = [_measure_inference(policy, theirs, batch, rounds) for batch in batches]
+    packed = build_policy(policy.describe(), from_published(to_publish(policy, "int8")[0]), share=True).to(device)
+    result["int8_bytes_over_bfloat16"] = published_bytes(policy, "int8") / published_bytes(policy, "bfloat16")
+    result["inference"] = [_measure_inference(policy, packed, theirs, batch, rounds) for batch in batches]
     return result
 
 
@@ -118,7 +121,7 @@ def training_flops(config: Pi0Config, batch: int) -> float:
     return 6.0 * batch * tokens
 
 
-def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) -> dict[str, Any]:
+def _measure_inference(policy: Pi0Policy, packed: Policy, theirs: Any, batch: int, rounds: int) -> dict[str, Any]:
     device = next(policy.parameters()).device
     size = policy.config.vision.image_size
     frames = torch.randint(0, 256, (batch, _CAMERAS, size, size, 3), dtype=torch.uint8, device=device)
@@ -128,7 +131,6 @@ def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) 
     def ours() -> Any:
         return policy.act(frames, states, [_PROMPT] * batch, noise)
 
-    packed = build_policy(policy.describe(), from_published(to_publish(policy, "int8")[0]), share=True).to(device)
     runs: dict[str, Callable[[], Any]] = {
         "ours": ours,
         "int8": lambda: packed.act(frames, states, [_PROMPT] * batch, noise),
@@ -142,7 +144,6 @@ def _measure_inference(policy: Pi0Policy, theirs: Any, batch: int, rounds: int) 
         "batch": batch,
         "chunks_per_second": batch / seconds["ours"],
         "int8_chunks_per_second": batch / seconds["int8"],
-        "int8_bytes_over_bfloat16": published_bytes(policy, "int8") / published_bytes(policy, "bfloat16"),
     }
     if theirs is not None:
         result["transformers_chunks_per_second"] = batch / seconds["transformers"]

@@ -60,9 +60,9 @@ def make_policy(seed: int = 0, image_size: int = 32) -> FlowPolicy:
     """A small policy with random weights and uneven statistics."""
     torch.manual_seed(seed)
     transform = Transform(
-        state_mean=tuple(0.3 * float(x) for x in torch.randn(8)),
+        state_mean=tuple(float(x) for x in torch.randn(8)),
         state_std=tuple(float(x) for x in torch.rand(8) + 0.5),
-        action_mean=tuple(0.3 * float(x) for x in torch.randn(7)),
+        action_mean=tuple(float(x) for x in torch.randn(7)),
         action_std=tuple(float(x) for x in torch.rand(7) + 0.5),
         relative=(True, False, True, False, False, False, False),
         image_size=image_size,

@@ -43,7 +43,7 @@ def test_decode_is_the_inverse_of_encode_relative_or_not() -> None:
 
 
 def test_actions_that_a_world_would_clip_are_refused() -> None:
-    transform = make_policy().transform
+    transform = dataclasses.replace(make_policy().transform, state_mean=(0.0,) * 8, action_mean=(0.0,) * 7)
     transform.check_reach("env.id='x'")
     degrees = dataclasses.replace(transform, action_mean=(45.0, *transform.action_mean[1:]))
     with pytest.raises(UserError, match=r"env.id='x' takes actions in .* around 45"):
@@ -63,7 +63,7 @@ def test_actions_that_a_world_would_clip_are_refused() -> None:
             wrong.check_reach("it")
     there = (-45.0, *transform.state_mean[1:])  # where the arm is, to which 45 degrees are added
     dataclasses.replace(degrees, relative=(True,) + (False,) * 6, state_mean=there).check_reach("env.id='x'")
-    with pytest.raises(UserError, match=r"around 4[45]"):
+    with pytest.raises(UserError, match="around 45"):
         dataclasses.replace(transform, relative=(True,) + (False,) * 6, state_mean=there).check_reach("env.id='x'")
 
 
@@ -278,7 +278,7 @@ def test_learning_lowers_the_loss() -> None:
 def test_micro_batches_of_any_size_give_the_same_update(micro: int) -> None:
     whole, divided = updated(0, micro=6, image_shift=2), updated(0, micro=micro, image_shift=2)
     for name, tensor in whole.items():
-        torch.testing.assert_close(divided[name], tensor, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_is_split_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_a_batch_that_does_not_fit_is_split_with_the_same_result(monkeypatch: py
     split = updated(0, micro=6)
     assert calls == [6, 3, 2, 2, 2]
     for name, tensor in whole.items():
-        torch.testing.assert_close(split[name], tensor, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(split[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_of_one_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,17 @@ def test_failures_alone_make_no_update(name: str, baseline: str) -> None:
     assert (len(shard.order) > 0) == (name == "imitation")
 
 
+def test_a_success_without_windows_makes_no_update() -> None:
+    config = Config.model_validate(
+        {"objective": {"name": "cfg", "baseline": "task"}, "data": {"tail": "drop", "short": "drop"}}
+    )
+    members = [make_trajectory(49, True), make_trajectory(70, False)]
+    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
+    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    assert shard.advantages[0] > 0
+    assert len(shard.order) == 0
+
+
 @pytest.mark.parametrize(("normalise", "learns"), [("none", True), ("robust", False)])
 def test_successes_that_lost_their_weight_make_no_update(normalise: str, learns: bool) -> None:
     objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "normalise": normalise}

@@ -64,7 +64,8 @@ def make_shard(
     weights = np.zeros_like(raw)
     weights[~neither], counts = process(raw[~neither], config.objective)
     good = np.isin(windows[:, 0], np.array(identifiers)[raw > 0])
-    if not _teaches(raw, weights, config.objective):
+    counting = np.array(identifiers)[_teaching(raw, weights, config.objective)]
+    if config.objective.name != "imitation" and not np.isin(windows[:, 0], counting).any():
         windows = windows[:0]  # from failures alone nothing is learnt: the policy that acts goes on acting
         good = good[:0]
     seed = [config.run.seed, step]
@@ -91,14 +92,10 @@ def make_shard(
     return shard, counts
 
 
-def _teaches(advantages: np.ndarray, weights: np.ndarray, objective: ObjectiveConfig) -> bool:
-    """Is anything good among these trajectories, and does it count for the objective?"""
-    if objective.name == "imitation":
-        return True
+def _teaching(advantages: np.ndarray, weights: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
+    """Which trajectories are good, and count as such for the objective: bool[N]."""
     good = advantages > 0
-    if objective.name in WEIGHING:  # normalising may have left nothing of it
-        good &= weights > 0
-    return bool(good.any())
+    return good & (weights > 0) if objective.name in WEIGHING else good  # normalising may have left nothing of it
 
 
 def number_demos(demos: Sequence[tuple[EpisodeReport, Any]]) -> Demos:

@@ -1,5 +1,4 @@
-"""Weights of eight bits for policies that only act: an eighth of a large policy's weights is kept as it was, the rest
-takes a quarter of the bytes to hold and to send.
+"""Weights of eight bits for policies that only act: linear layers take a quarter of float32's bytes.
 
 Each row of a linear layer's weights is int8 times one number, the row's largest magnitude over 127 (symmetric rounding
 to nearest, as in LLM.int8(), arXiv 2208.07339, without its outliers). Inputs stay what they are.

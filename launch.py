@@ -90,8 +90,8 @@ def train(config: Config, run_dir: Path) -> dict[str, Any]:
             before = work_done(run_dir)
             try:
                 return train_until_it_fails(config, run_dir, tracker, storage, survived)
-            except UserError as error:
-                raise getattr(error, "cause", error) from None  # to that of an actor Ray adds its traceback
+            except UserError:
+                raise
             except Exception as error:
                 restarts = restarts + 1 if work_done(run_dir) == before else 1
                 reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
@@ -282,10 +282,15 @@ def demos(config: Config, run_dir: Path) -> dict[str, Any]:
     contexts.sort(key=lambda context: config.env.ids.index(context.env_id))  # another task is another environment
     making = demonstrations_of_actors(config, contexts) if config.scaling.ray else demonstrate_all(config, contexts)
     made = list(progress_bar(len(contexts), "demonstrations", iterable=making))
+    if not made:
+        raise UserError(f"no demonstration was made: the actors died in all of them; see {run_dir / 'run.log'}")
     file = resolve(config.data.demos)
     save_trajectories(file, made, {"env": config.env.model_dump(), "demos": config.demos.model_dump()})
     successes = sum(demo.success for demo in made)
-    print(f"{len(made)} demonstrations, {successes} successful, in {file}")
+    missing = (
+        f"; {len(contexts) - len(made)} were not made, see {run_dir / 'run.log'}" if len(made) < len(contexts) else ""
+    )
+    print(f"{len(made)} demonstrations, {successes} successful, in {file}{missing}")
     return {"episodes": len(made), "successes": successes, "file": str(file)}
 
 
@@ -303,6 +308,9 @@ def demonstrations_of_actors(config: Config, contexts: list[Context]) -> Iterato
         for context in contexts:  # an actor that dies starts again and makes the same demonstration
             workers.submit(lambda a, context: a.demonstrate.options(max_task_retries=3).remote(context), context)
         for context in contexts:
+            if not workers.has_next():
+                log.warning("no rollout actor is left; %s and what follows is left out", context)
+                return
             try:
                 yield workers.get_next(timeout=config.scaling.wait_timeout_s)
             except TimeoutError as error:
@@ -389,7 +397,9 @@ class Players:
 
     def play(self, contexts: Sequence[Context], guidance: float) -> list[bool | None]:
         """Successes in the order of the contexts."""
-        return list(self._wait("play", f"guidance {guidance:g}", contexts, guidance))
+        from actors.progress import CHOOSING_GUIDANCE
+
+        return list(self._wait("play", CHOOSING_GUIDANCE, contexts, guidance))
 
     def renderer(self) -> str:
         """The OpenGL backend of the actors."""
@@ -445,6 +455,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = options.settings
         if options.suite or options.task:
             settings = [*settings, f"env.id={options.suite or 'libero_object'}/{options.task or 0}"]
+        if options.resume and options.config:
+            raise UserError(f"--config {options.config} with --resume {options.resume}: a run has its configuration")
         if options.resume:
             result = resume(options.command, settings, options.resume)
         else:
@@ -454,7 +466,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             write_json(options.json, result)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # To that of an actor Ray adds its traceback.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (Path(__file__).parent / str(error.name).split(".")[0]).exists():
@@ -485,11 +498,16 @@ def resume(command: str, settings: list[str], run_dir: Path) -> dict[str, Any]:
 
 def go_on(config: Config, run_dir: Path) -> dict[str, Any]:
     """Finish the run in a directory, once no process of its last session is left."""
-    from actors.journal import wait_until_free
+    from actors.journal import read_journal, wait_until_free
     from cluster.rundir import reopened_run_dir
+    from ript_ray.algos.objectives import check_objective
+    from ript_ray.data.lines import read_json_lines
 
+    check_objective(config)
     reopened = reopened_run_dir(run_dir)
     wait_until_free(reopened)
+    read_journal(reopened)  # a damaged line is told now, not by processes that would be started again and again
+    read_json_lines(reopened / "metrics.jsonl")
     return train(config, reopened)
 
 
@@ -497,6 +515,7 @@ def finish_or_find(config: Config) -> dict[str, Any] | None:
     """The result of the run in ``run.dir``, which is finished first if need be; None when there is none."""
     from cluster.plan import fit_actors
     from cluster.rundir import run_to_go_on_with
+    from cluster.storage import stored
 
     run = run_to_go_on_with(config)
     if run is None:
@@ -506,6 +525,8 @@ def finish_or_find(config: Config) -> dict[str, Any] | None:
         scaling = fit_actors(config.model_copy(update={"policy": start})).scaling
         return go_on(config.model_copy(update={"scaling": scaling}), run.folder)
     print(f"{run.folder}: {run.state()}")
+    with stored(config.run.storage, run.folder, config.run.keep_checkpoints):
+        pass  # what was not copied when it finished
     return run.summary
 
 
@@ -556,10 +577,10 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return search(config, space, config_file, settings, new_run_dir(config, command))
     if command == "train" and config.run.resume and (earlier := finish_or_find(config)) is not None:
         return earlier
-    if command == "train" and ":" in config.objective.name:
-        from ript_ray.algos.objectives import find_objective
+    if command == "train":
+        from ript_ray.algos.objectives import check_objective
 
-        find_objective(config.objective.name)
+        check_objective(config)
     if command == "train" and not config.scaling.ray:
         return train_without_ray(config, new_run_dir(config, command))
     config = fit_actors(config) if config.scaling.ray else config

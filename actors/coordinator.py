@@ -120,7 +120,7 @@ class Coordinator:
         """Collect samples for every update, in step with the learner (``sync``) or ahead of it (``async``)."""
         config = self._config
         dispatcher = self._next_dispatcher()
-        self._version = self._newest_version()
+        self._version = learnt = self._newest_version()
         for step in range(config.train.updates):
             if not self._asynchronous:
                 self._progress.enter("waiting for weights", 0)
@@ -130,7 +130,7 @@ class Coordinator:
                 self._ask(self._pool.finish.remote(step))
                 break
             jobs = self._ask(self._pool.seal.remote(step))
-            if self._ask(self._store.newer_than.remote(step)) is not None:  # learnt in an earlier session
+            if step < learnt:  # in an earlier session
                 self._ask(self._pool.skip.remote(step))
                 self._progress.learnt_before(step)
             elif jobs:
@@ -440,6 +440,8 @@ class Coordinator:
     def _set_aside(self, outcome: Outcome, dispatcher: Dispatcher) -> None:
         context = outcome.episode.context
         self._sampler.set_aside(context, outcome.reason)
+        if not outcome.recalled:  # what ends the run is not noted: once it is mended, a resumed one tries again
+            self._journal.given_up(outcome.episode.number, outcome.reason)
         dispatcher.drop(lambda episode: self._sampler.is_aside(episode.context))
 
     def _wait_for_weights(self, version: int) -> None:

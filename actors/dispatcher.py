@@ -25,7 +25,6 @@ from ript_ray.types import Context, EpisodeReport, FrameJob
 
 _MAX_ATTEMPTS = 3
 """An episode that fails so often is given up: the fault is not the actor's."""
-_RENDER_RETRIES = 3
 _OWNER_DIED = "its owner has died"
 """What Ray says of an actor that went with its driver: no fault of its episode, nor of the run."""
 
@@ -58,6 +57,8 @@ class Outcome:
     """Of the trajectory; None if it was played before the run was resumed."""
     reason: str = ""
     """Why it was given up."""
+    recalled: bool = False
+    """Does the journal have it already?"""
 
 
 class Dispatcher:
@@ -93,7 +94,7 @@ class Dispatcher:
         self._at: dict[Any, str] = {}
         """The task that an actor is at."""
         self._rendering: dict[Any, Any] = {}
-        """Reference of the last frames that an actor is to make; it gets no episode before they are made."""
+        """Of an actor that is to make frames, a call after them: it gets no episode before that returns."""
         self._absent: dict[Any, tuple[Any, Episode | None]] = {}
         """Actors that are not there, and the episode in which they died, by the reference of a call that returns when
         Ray has started them."""
@@ -152,25 +153,29 @@ class Dispatcher:
     def render(self, jobs: list[FrameJob]) -> list[Any]:
         """Have the actors make frames, in this order, before they play on; references in the order of the jobs.
 
-        Rendering again gives the same, so the work of an actor that is lost is simply repeated.
+        Those of an actor that is lost fail: the learner has another make them, and they are the same.
         """
         references = []
+        asked = {}
         there = self.there or self.absent
         if not there:
             raise RuntimeError("no rollout actor is left to make frames")
         for turn, job in enumerate(jobs):
             fit = [actor for actor in there if self._at.get(actor) == job.env_id] or there
             actor = fit[turn % len(fit)]
-            reference = actor.render.options(max_task_retries=_RENDER_RETRIES).remote(job)
-            self._rendering[actor], self._at[actor] = reference, job.env_id
-            references.append(reference)
+            references.append(actor.render.remote(job))
+            asked[actor] = self._at[actor] = job.env_id
+        self._rendering |= {actor: actor.awake.remote() for actor in asked}
         return references
 
     def next(self) -> Outcome | None:
         """The next episode that is finished, noted in the journal; None when none is outstanding.
 
+        One that is given up is for the caller to note, once it has dealt with it.
+
         Raises:
             RuntimeError: when no actor is left, or one cannot play for a reason that is not its environment's.
+            UserError: when one found a mistake in the input.
         """
         if self._journal.replaying:
             # Not all that was dropped was being played then.
@@ -182,9 +187,7 @@ class Dispatcher:
         if not self._finished:
             return None
         outcome = self._finished.popleft()
-        if outcome.report is None:
-            self._journal.given_up(outcome.episode.number, outcome.reason)
-        else:
+        if outcome.report is not None:
             self._journal.played(outcome.episode.number, outcome.report)
         return outcome
 
@@ -202,6 +205,8 @@ class Dispatcher:
                 self._finished.append(Outcome(episode, report, self._bring_here(trajectory_ref)))
                 self._idle.append(actor)
             except RayTaskError as error:  # first: it is also of the kind of its cause
+                if isinstance(error.cause, UserError):  # of whoever called the job, not of the environment
+                    raise error.cause from None
                 if isinstance(error.cause, (RayError, OSError)):
                     raise RuntimeError(
                         f"{actor} lost something it depends on, which is not its environment: {error.cause}"
@@ -218,8 +223,8 @@ class Dispatcher:
     def _recall(self) -> Outcome:
         """The next outcome of the journal, in the order in which they came; then the actors take over."""
         entry = self._journal.take("played", "given_up")
-        asked = {episode.number: episode for episode in self._queue} | self._dropped
-        episode = asked.get(entry["number"]) if entry is not None else None
+        number = -1 if entry is None else entry["number"]
+        episode = self._dropped.get(number) or next((e for e in self._queue if e.number == number), None)
         if entry is None or episode is None or entry.get("context", plain(episode.context)) != plain(episode.context):
             raise UserError(
                 "the journal of the run does not fit its configuration, or another version of the program wrote it; "
@@ -229,8 +234,8 @@ class Dispatcher:
             self._queue.remove(episode)
         self._start()
         if entry["kind"] == "given_up":
-            return Outcome(episode, None, reason=entry["reason"])
-        return Outcome(episode, recorded_report(entry, episode.context))
+            return Outcome(episode, None, reason=entry["reason"], recalled=True)
+        return Outcome(episode, recorded_report(entry, episode.context), recalled=True)
 
     def _bring_here(self, trajectory: Any) -> Any:
         """The reference of a copy on this node, if there is none yet.
@@ -277,8 +282,9 @@ class Dispatcher:
         if self._journal.replaying:
             return
         if self._rendering:
-            _, unfinished = ray.wait(list(self._rendering.values()), num_returns=len(self._rendering), timeout=0)
-            self._rendering = {actor: last for actor, last in self._rendering.items() if last in unfinished}
+            made, _ = ray.wait(list(self._rendering.values()), num_returns=len(self._rendering), timeout=0)
+            for actor in [actor for actor, after in self._rendering.items() if after in made]:
+                self._end_of_rendering(actor)
         for actor in [actor for actor in self._idle if actor not in self._rendering]:
             episode = self._next_for(actor)
             if episode is None:
@@ -294,6 +300,16 @@ class Dispatcher:
                 episode.context, episode.guidance, episode.exploring, file, self._home
             )
             self._running[report] = (actor, trajectory, episode)
+
+    def _end_of_rendering(self, actor: Any) -> None:
+        try:
+            ray.get(self._rendering.pop(actor), timeout=self._timeout_s)
+        except RayActorError as error:
+            _raise_if_the_driver_is_gone(error)
+            self._survived(f"a rollout actor was lost while it made frames: {error}")
+            if actor in self._idle:  # else the end of its episode tells
+                self._idle.remove(actor)
+                self._expect(actor, None)
 
     def _was_finished(self, episode: Episode) -> bool:
         """Hand on what an actor wrote down before it, or an earlier session, was lost: too late for the journal."""
@@ -330,11 +346,13 @@ class Dispatcher:
 
     def _end_overdue(self) -> None:
         """A hung simulator cannot rescue itself: its process is killed, Ray starts it anew, the episode is retried."""
-        for _, (actor, _, episode) in list(self._running.items()):
-            if time.monotonic() > episode.deadline:
-                episode.deadline = float("inf")  # its reference fails shortly and is then retried by `_wait`
-                self._survived(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
-                ray.kill(actor, no_restart=False)
+        overdue = [ref for ref, (_, _, episode) in self._running.items() if time.monotonic() > episode.deadline]
+        # Nobody has looked for long, if the caller was busy otherwise: some may have finished in time.
+        _, hung = ray.wait(overdue, num_returns=len(overdue), timeout=0) if overdue else ([], [])
+        for actor, _, episode in [self._running[reference] for reference in hung]:
+            episode.deadline = float("inf")  # its reference fails shortly and is then retried by `_wait`
+            self._survived(f"{episode.context}: no result after {self._timeout_s:.0f} s, actor killed")
+            ray.kill(actor, no_restart=False)
 
     def _retry(self, episode: Episode, actor: Any, error: Exception) -> None:
         episode.failed_on.add(actor)
@@ -344,7 +362,7 @@ class Dispatcher:
             return
         if episode.attempts < _MAX_ATTEMPTS:
             self._queue.appendleft(episode)
-        else:
+        elif not self._was_finished(episode):
             known = self._reasons.get(episode.context, reason)
             self._finished.append(Outcome(episode, None, reason=f"failed {_MAX_ATTEMPTS} times: {known}"))
 

@@ -130,9 +130,8 @@ class SamplePool:
             references: of the frames of each job.
         """
         for job, reference in zip(jobs, references, strict=True):
-            batch = FrameBatch(job.keys, [reference])
-            self._count_frames(batch.keys)
-            self._rendered |= dict.fromkeys(batch.keys, batch)
+            self._count_frames(job.keys)
+            self._rendered |= dict.fromkeys(job.keys, FrameBatch(job, [reference]))
         whole, keys = self._sealing
         needed = dict.fromkeys(self._rendered[key] for key in keys if key in self._rendered)
         self._sealed[whole.step] = replace(whole, rendered=tuple(needed))

@@ -9,6 +9,7 @@ from ript_ray.choosing import episodes_of_halving
 from ript_ray.config import Config
 
 CHOOSING = "choosing among updates"
+CHOOSING_GUIDANCE = "choosing the guidance scale"
 
 
 class Progress:
@@ -25,7 +26,8 @@ class Progress:
         self._done = 0
         self._expected = 0
         choosing = episodes_of_halving(min(config.train.candidates, config.train.updates), config.eval.halving_episodes)
-        self._planned = {CHOOSING: choosing} if training and choosing else {}
+        halving = episodes_of_halving(len(config.eval.scales), config.eval.halving_episodes)
+        self._planned = {CHOOSING: choosing, CHOOSING_GUIDANCE: halving}
         """Episodes of stages that are entered several times."""
         self._shares = _planned_work(config, training, choosing)
         self._finished = dict.fromkeys(self._shares, 0.0)
@@ -88,7 +90,7 @@ def _planned_work(config: Config, training: bool, choosing: int) -> dict[str, fl
     """
     evaluation = max(1, config.eval.episodes + config.eval.random_placement + config.eval.shifted)
     if not training:
-        return {"evaluating": 1.0}
+        return {"evaluating": 1.0, CHOOSING_GUIDANCE: 1.0}  # one of them
     sampling = config.sampling
     episodes = (sampling.groups + sampling.max_groups) / 2 * sampling.group_size
     trained = sampling.groups * sampling.group_size

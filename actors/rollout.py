@@ -16,11 +16,13 @@ import torch
 from actors.home import Home
 from actors.weights import PolicyCopy
 from ript_ray.config import Config
-from ript_ray.envs import World
+from ript_ray.envs import World, make
+from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.footprint import check_gpu_share
 from ript_ray.policies.checkpoints import empty_policy
 from ript_ray.policies.exploration import Exploration, acting_settings
+from ript_ray.policies.starting import check_world
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
 
@@ -51,7 +53,7 @@ class RolloutActor:
         self._config = config
         name = f"ript_ray-{ray.get_runtime_context().get_actor_id()}.end"
         self._watchdog = Watchdog(Path(tempfile.gettempdir()) / name, 1e3 * config.scaling.actor_memory_gb)
-        self._world: World | None = None
+        self._current = CurrentWorld(self._make)
         device = torch.device("cuda" if config.scaling.actor_gpus > 0 else "cpu")
         limit = config.scaling.wait_timeout_s
         fused = config.policy.compiled
@@ -84,9 +86,9 @@ class RolloutActor:
 
         if self._policy is None:
             raise RuntimeError("this actor was started without a weight store")
-        world = self._enter(context.env_id)
-        frames = world.frames_rendered
         try:
+            world = self._enter(context.env_id)
+            frames = world.frames_rendered
             started = time.perf_counter()
             policy = self._policy.pull()
             waited = time.perf_counter() - started
@@ -146,32 +148,23 @@ class RolloutActor:
 
     def check_policy(self) -> None:
         """Raise `UserError` when the policy is not one for this world. It needs no weights yet."""
-        world = self._world
-        if world is not None and self._policy is not None:
-            transform = empty_policy(self._description).transform
-            transform.check_sizes(f"env.id={world.id!r}", world.state_dim, world.action_dim)
-            transform.check_reach(f"env.id={world.id!r}")
+        if self._current.world is not None and self._policy is not None:
+            check_world(self._current.world, empty_policy(self._description).transform, self._config.env)
 
     def renderer(self) -> str:
         """The OpenGL backend in use, with its device."""
         return describe_renderer()
 
     def _enter(self, env_id: str) -> World:
-        """The environment of a task; one at a time, since each takes half a gigabyte."""
-        if self._world is not None and self._world.id == env_id:
-            return self._world
+        env = self._config.env
         with self._watchdog.guard("construction", _WARM_UP_TIMEOUT_S):
-            from ript_ray.envs import make  # imports the simulator, in this process only
+            return self._current.enter(env_id, env.image_size, env.max_steps)
 
-            if self._world is not None:
-                self._world.close()
-                self._world = None  # should the next one fail
-            env = self._config.env
-            world = make(env_id, env.image_size, env.max_steps)
-            # The first steps compile code and the first frame loads textures, which takes longer than others may.
-            observation, _ = world.reset(seed=0)
-            world.step(np.zeros(world.action_dim))
-            observation.rendered()
+    def _make(self, env_id: str, image_size: int, max_steps: int | None) -> World:
+        world = make(env_id, image_size, max_steps)
+        # The first steps compile code and the first frame loads textures, which takes longer than others may.
+        observation, _ = world.reset(seed=0)
+        world.step(np.zeros(world.action_dim))
+        observation.rendered()
         world.guard = partial(self._watchdog.guard, limit_s=self._config.scaling.hang_timeout_s)
-        self._world = world
         return world

@@ -23,7 +23,7 @@ from actors.journal import journal_holds, work_done
 from benchmarks.job import Job, new_folder, processes, with_start
 from benchmarks.nodes import Nodes
 from ript_ray.config import Config
-from ript_ray.reporting import write_json
+from ript_ray.reporting import progress_bar, write_json
 
 _MAX_RESUMES = 3
 """Of a job that ends again and again without a fault of ours."""
@@ -160,6 +160,7 @@ class _Session:
     def run(self, config: Config, names: Sequence[str], nodes: Nodes | None = None) -> None:
         """Run jobs until each of these faults was injected, in this order."""
         remaining = deque(names)
+        bar = progress_bar(len(names), "faults", unit="fault")
         while remaining:
             job = Job(config, self._folder / f"run-{len(self._same)}")
             resumed = 0
@@ -173,12 +174,15 @@ class _Session:
                 elif (injection := _inject(job, remaining[0], self._rng, nodes)) is not None:
                     self._injections.append(injection)
                     remaining.popleft()
+                    bar.set_description(f"{injection.fault}: {injection.seconds:.0f} s", refresh=False)
+                    bar.update()
                     write_json(self._folder / "faults.json", self.result())
                     if not injection.recovered:
                         break  # it hangs, or one command did not do
             self._same.append(job.result is not None and job.result["weights_sha256"] == self._expected)
             job.stop()
             write_json(self._folder / "faults.json", self.result())
+        bar.close()
 
     def result(self) -> dict[str, Any]:
         """What happened so far."""

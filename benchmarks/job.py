@@ -15,13 +15,16 @@ import psutil
 
 from actors.journal import read_journal
 from ript_ray.config import Config, resolve, save_config
+from ript_ray.data.lines import read_json_lines
 from ript_ray.envs import make
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import load_shape
+from ript_ray.reporting import progress_bar
 
 _ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300.0
 """Longest wait for a job to start, to get on or to recover."""
+_LOOK_EVERY_S = 0.5
 
 
 class Job:
@@ -31,6 +34,7 @@ class Job:
         self.folder = folder
         run = config.run.model_copy(update={"dir": str(folder)})
         config = config.model_copy(update={"run": run})
+        self._goal = config.train.updates
         file = folder.with_suffix(".yaml")
         save_config(config, file)
         self._process = _launch("train", "--config", str(file))
@@ -49,6 +53,10 @@ class Job:
         summary: dict[str, Any] = json.loads(file.read_text())
         return summary
 
+    def updates(self) -> int:
+        """That it has learnt so far."""
+        return sum("learner/steps" in row for row in read_json_lines(self.folder / "metrics.jsonl"))
+
     def played(self) -> list[int]:
         """Numbers of the episodes in the journal."""
         return [entry["number"] for entry in read_journal(self.folder) if entry["kind"] == "played"]
@@ -63,12 +71,17 @@ class Job:
         return False
 
     def finish(self, timeout_s: float) -> dict[str, Any]:
-        """Its summary; the job is stopped if it has not finished within the time limit.
+        """Its summary, with a progress bar until then; it is stopped if it has not finished within the time limit.
 
         Raises:
             UserError: when there is none.
         """
-        self.wait(self.has_ended, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        with progress_bar(self._goal, f"the job in {self.folder}", unit="update") as bar:
+            while not self.has_ended() and time.monotonic() < deadline:
+                bar.update(self.updates() - bar.n)
+                time.sleep(_LOOK_EVERY_S)
+            bar.update(self.updates() - bar.n)
         self.stop()
         if self.result is None:
             raise UserError(

@@ -28,6 +28,7 @@ from cluster.session import ResourcePlan, ray_session, spawn, start_actors
 from learner.steps import plan_steps
 from learner.update import update
 from ript_ray.algos.advantages import is_kept, leave_one_out
+from ript_ray.algos.objectives import check_objective
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, resolve
 from ript_ray.data.shards import make_shard, trained_starts
@@ -35,7 +36,7 @@ from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, success_summary
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
 from ript_ray.policies.policy import Policy
-from ript_ray.reporting import versions, write_json
+from ript_ray.reporting import progress_bar, versions, write_json
 from ript_ray.types import Context, EpisodeReport, Trajectory
 
 LAYOUT = 2
@@ -56,7 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What is compared: the settings in which each differs from the configuration, and the scales of guidance at which it
 is evaluated, 1 by default. `cfg` at scale 1 acts by the condition that successes alone have taught; at scale 2 the
 failures have a say. The last three learn from what the policy before the update made; the last two compare with how
-likely that was, which only small steps keep meaningful."""
+likely that was, which only small steps keep meaningful. Beside them stands any ``module:function``, with the settings
+as configured."""
 
 
 @dataclass(slots=True)
@@ -80,21 +82,24 @@ class _Players:
         self.version += 1
         publish(self.store, self.version, *to_publish(policy, self.config.policy.precision))
 
-    def play(self, contexts: Sequence[Context], guidance: float, exploring: bool) -> list[Trajectory]:
-        """One episode of each context, in their order."""
+    def play(self, contexts: Sequence[Context], guidance: float, exploring: bool, what: str) -> list[Trajectory]:
+        """One episode of each context, in their order; ``what`` they are for is shown meanwhile."""
         dispatcher = Dispatcher(self.actors, self.config.scaling)
         for context in contexts:
             dispatcher.submit(Episode(0, context, guidance, exploring))
         played = {}
-        while (outcome := dispatcher.next()) is not None:
-            if outcome.report is None:
-                raise RuntimeError(f"{outcome.episode.context} failed: {outcome.reason}")
-            played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
+        with progress_bar(len(contexts), what, unit="episode") as bar:
+            while (outcome := dispatcher.next()) is not None:
+                if outcome.report is None:
+                    raise RuntimeError(f"{outcome.episode.context} failed: {outcome.reason}")
+                played[outcome.episode.context] = ray.get(outcome.reference, timeout=60)
+                bar.update()
         return [played[context] for context in contexts]
 
-    def successes(self, contexts: Sequence[Context], guidance: float) -> list[bool]:
+    def successes(self, contexts: Sequence[Context], guidance: float, what: str) -> list[bool]:
         """How evaluation ends, by context."""
-        return [bool(trajectory.success) for trajectory in self.play(contexts, guidance, exploring=False)]
+        played = self.play(contexts, guidance, False, f"{what}, evaluation at w = {guidance:g}")
+        return [bool(trajectory.success) for trajectory in played]
 
 
 @dataclass(slots=True)
@@ -132,8 +137,10 @@ def measure(config: Config) -> dict[str, Any]:
     """
     names = config.bench.objectives or tuple(VARIANTS)
     for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"bench.objectives: unknown name {name!r}; {nearest(name, VARIANTS)}")
+        if name not in VARIANTS and not all(name.partition(":")):
+            raise UserError(
+                f"bench.objectives: unknown name {name!r}; {nearest(name, VARIANTS)}, or module:function, one of yours"
+            )
     configs = {name: _config_of(config, name) for name in names}
     folder = Path(config.run.dir or "runs/objectives")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +156,7 @@ def measure(config: Config) -> dict[str, Any]:
         contexts = evaluation_contexts(config)["held_out"]
         scales = {scale for name in names for scale in _scales(name)}
         base = result.setdefault("base", {})
-        base |= {f"{s:g}": players.successes(contexts, s) for s in sorted(scales) if f"{s:g}" not in base}
+        base |= {f"{s:g}": players.successes(contexts, s, "start") for s in sorted(scales) if f"{s:g}" not in base}
         for seed in range(config.run.seed, config.run.seed + config.bench.seeds):
             missing = [name for name in names if (_label(name, _scales(name)[-1]), seed) not in done]
             if not missing:
@@ -157,7 +164,7 @@ def measure(config: Config) -> dict[str, Any]:
             players.adopt(start)
             sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
             began = time.perf_counter()
-            first = _collect(players, sampler, 0)
+            first = _collect(players, sampler, 0, f"seed {seed}")
             took = result.setdefault("rollout_seconds", {})  # when they were made first: the same work for all
             first_seconds = took.setdefault(str(seed), time.perf_counter() - began)
             for name in missing:
@@ -200,6 +207,7 @@ def _learn(
         One run for each scale of guidance, without the successes of the starting policy.
     """
     name, seed = which
+    what = f"seed {seed}, {name}"
     runs = {scale: _Run(_label(name, scale), seed) for scale in _scales(name)}
     sampler = ContextSampler(training_starts(config.env), config.sampling, seed)
     contexts = evaluation_contexts(config)["held_out"]
@@ -208,7 +216,7 @@ def _learn(
     for index in range(config.bench.rounds):
         began = time.perf_counter()
         # The first round is drawn again as well, so that the sampler goes on from there.
-        new = _collect(players, sampler, index, shared[0] if index == 0 else None)
+        new = _collect(players, sampler, index, what, shared[0] if index == 0 else None)
         seconds = shared[1] if index == 0 else time.perf_counter() - began
         groups = [group for group in groups if index - group.round <= config.train.max_staleness] + new
         learning = copy.deepcopy(start if config.train.restart else learning)
@@ -221,13 +229,13 @@ def _learn(
             run.training_rates.append(float(np.mean([group.rewards for group in new])))
             run.episodes.append(run.episodes[-1] + sum(len(group.rewards) for group in new))
             run.seconds.append(run.seconds[-1] + seconds + took)
-            run.outcomes = players.successes(contexts, scale)
+            run.outcomes = players.successes(contexts, scale, what)
             run.successes.append(sum(run.outcomes))
     return runs
 
 
 def _scales(name: str) -> tuple[float, ...]:
-    scales: tuple[float, ...] = VARIANTS[name].get("scales", (1.0,))
+    scales: tuple[float, ...] = VARIANTS.get(name, {}).get("scales", (1.0,))
     return scales
 
 
@@ -235,13 +243,15 @@ def _label(name: str, scale: float) -> str:
     return name if scale == 1.0 else f"{name}, w = {scale:g}"
 
 
-def _collect(players: _Players, sampler: ContextSampler, index: int, made: list[_Group] | None = None) -> list[_Group]:
+def _collect(
+    players: _Players, sampler: ContextSampler, index: int, what: str, made: list[_Group] | None = None
+) -> list[_Group]:
     """The rollouts of round ``index``, or those that were made of the same contexts before."""
     config = players.config
     drawn = [sampler.next_group() for _ in range(config.sampling.groups)]
     if made is None:
         contexts = [context for group in drawn for context in group.contexts]
-        played = players.play(contexts, 1.0, exploring=True)
+        played = players.play(contexts, 1.0, True, f"{what}, rollouts")
         size = config.sampling.group_size
         parts = [played[i : i + size] for i in range(0, len(played), size)]
         made = [_Group(index, part, np.array([t.reward for t in part])) for part in parts]
@@ -285,11 +295,14 @@ def _config_of(config: Config, variant: str) -> Config:
         UserError: when that is none with which a job could train.
     """
     settings = config.model_dump()
-    settings["train"] |= VARIANTS[variant].get("train", {}) | {"updates": config.bench.rounds}
-    settings["objective"] |= VARIANTS[variant]["objective"]
+    changed = VARIANTS.get(variant, {"objective": {"name": variant}})
+    settings["train"] |= changed.get("train", {}) | {"updates": config.bench.rounds}
+    settings["objective"] |= changed["objective"]
     settings["policy"]["guidance"] = settings["eval"]["guidance"] = 1.0  # the table has scales of its own
     try:
-        return Config.model_validate(settings)
+        checked = Config.model_validate(settings)
+        check_objective(checked)
+        return checked
     except ValidationError as error:
         raise UserError(f"bench.objectives, {variant!r}: {error.errors()[0]['msg']}") from None
 

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks import control
 from ript_ray.config import Config, resolve
 from ript_ray.policies.checkpoints import load_policy
+from ript_ray.reporting import progress_bar
 
 _BUSY = 0.8
 """A process that has more to do than this share of its time makes others wait."""
@@ -23,9 +24,10 @@ def measure(config: Config) -> dict[str, Any]:
     The model: a process of the control plane needs a share of a processor at any rate, and some time for each episode.
     Both are fitted to all sizes but the largest, which then checks them.
     """
+    sizes = config.bench.sizes
     runs = [
         control.measure(config.model_copy(update={"bench": config.bench.model_copy(update={"simulated": size})}))
-        for size in config.bench.sizes
+        for size in progress_bar(len(sizes), "sizes", iterable=sizes)
     ]
     *smaller, largest = runs
     seconds = largest["episode_seconds"]["mean"]

@@ -17,9 +17,8 @@ import psutil
 
 from benchmarks.job import Job, new_folder, with_start
 from ript_ray.config import Config
-from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
-from ript_ray.reporting import write_json
+from ript_ray.reporting import progress_bar, write_json
 from ript_ray.watchdog import private_mb
 
 UPDATES_PER_HOUR = 3 * 60 / 18
@@ -55,13 +54,15 @@ def measure(config: Config) -> dict[str, Any]:
     processes: dict[int, list[_Sample]] = defaultdict(list)
     names: dict[int, str] = {}
     shared: list[_Sample] = []
-    while not job.has_ended() and time.monotonic() - began < config.bench.job_timeout_s:
-        done = sum("learner/steps" in row for row in read_json_lines(job.folder / "metrics.jsonl"))
-        for process, name, sample in _processes(job.pid, done):
-            processes[process].append(sample)
-            names[process] = name
-        shared.append(_Sample(done, psutil.disk_usage("/dev/shm").used / 1e6, 0))
-        time.sleep(_EVERY_S)
+    with progress_bar(updates, "soak", unit="update") as bar:
+        while not job.has_ended() and time.monotonic() - began < config.bench.job_timeout_s:
+            done = job.updates()
+            for process, name, sample in _processes(job.pid, done):
+                processes[process].append(sample)
+                names[process] = name
+            shared.append(_Sample(done, psutil.disk_usage("/dev/shm").used / 1e6, 0))
+            bar.update(done - bar.n)
+            time.sleep(_EVERY_S)
     summary = job.finish(0.0)
     half = updates // 2  # and not what comes once, at the end: comparing updates, evaluation, pictures
     lasting = {

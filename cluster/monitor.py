@@ -56,7 +56,7 @@ class Monitor:
         self._collecting: Any = None
         self._pool: Any = None
         self._failure: Exception | None = None
-        self._stalled: TimeoutError | None = None
+        self._stalled: Exception | None = None
         self._last: tuple[Any, ...] = ()
         self._moved = time.monotonic()
         """When something was played or learnt last."""
@@ -77,7 +77,8 @@ class Monitor:
         self._poll()
         with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, or works on
             ray.get(self._coordinator.close.remote(), timeout=_ANSWER_S)
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         if kind is KeyboardInterrupt and self._stalled is not None:
             raise self._stalled
 
@@ -95,19 +96,24 @@ class Monitor:
             raise KeyboardInterrupt  # Ray lets nothing else out of its waits
 
     def _loop(self) -> None:
-        while not self._stop.wait(1.0):
-            for fault in self._heartbeats.check():
-                log.error(fault)
-                self._faults.append(fault)
-            self._poll()
-            limit = self._scaling.wait_timeout_s
-            if time.monotonic() - self._moved > limit:
-                self._stalled = TimeoutError(
-                    f"nothing was played or learnt for {limit:.0f} s; the job was at: {self._bar.desc}; if it needs so "
-                    "long, raise scaling.wait_timeout_s"
-                )
-                signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
-                return
+        try:
+            while not self._stop.wait(1.0):
+                self._look()
+        except Exception as error:  # without supervision the job must not go on: its waits would have no end
+            self._stalled = error
+            signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
+
+    def _look(self) -> None:
+        for fault in self._heartbeats.check():
+            log.error(fault)
+            self._faults.append(fault)
+        self._poll()
+        limit = self._scaling.wait_timeout_s
+        if time.monotonic() - self._moved > limit:
+            raise TimeoutError(
+                f"nothing was played or learnt for {limit:.0f} s; the job was at: {self._bar.desc}; if it needs so "
+                "long, raise scaling.wait_timeout_s"
+            )
 
     def _poll(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # of a lost coordinator, which `collecting` tells
@@ -133,4 +139,5 @@ class Monitor:
             self._last, self._moved = now, time.monotonic()
         self._bar.set_description_str(f"{state['stage']} {state['done']}/{state['expected']}", refresh=False)
         self._bar.initial = state["earlier"]
-        self._bar.update(round(state["fraction"], 4) - self._bar.n)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            self._bar.update(round(state["fraction"], 4) - self._bar.n)

@@ -69,9 +69,12 @@ def leave_behind(
     except Exception:  # whatever it is, the run is finished and does not fail for want of a picture
         log.exception("no picture of success, or no video of every outcome")
     write_json(run_dir / "summary.json", summary)  # last: with it the run is finished, and not resumed any more
-    write_report(run_dir)
     for error in summary["errors"]:
         log.warning("survived: %s", error)
     log.info(describe_summary(summary))
-    print(describe_summary(summary))
-    print(f"  everything in {run_dir}")
+    try:
+        write_report(run_dir)
+        print(describe_summary(summary))
+        print(f"  everything in {run_dir}")
+    except OSError:  # of the disk, or of a terminal that is gone
+        log.exception("the run is finished, though not told of")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ript_ray.errors import UserError, first_line
 from ript_ray.locks import take_lock
+from ript_ray.reporting import write_text
 
 log = logging.getLogger("ript_ray")
 
@@ -160,13 +161,14 @@ def _begin(uri: str | None, run_dir: Path, name: str, settings: dict[str, dict[s
     with contextlib.nullcontext() if uri else _alone(store / ".mlflow.lock"):  # it makes the tables, if there are none
         identifier = _experiment(name, artifacts)
     marker = run_dir / "mlflow-run"
-    begun = marker.read_text().strip() if marker.exists() else None
-    if begun and not _exists(begun):  # the run goes on where this store is not
-        begun = None
-    run_id = str(mlflow.start_run(run_id=begun, experiment_id=identifier, run_name=run_dir.name).info.run_id)
-    if begun is None:
+    # Without a journal it is of a run that never began, perhaps with other settings.
+    begun = marker.read_text().strip() if marker.exists() and (run_dir / "journal.jsonl").exists() else ""
+    if begun and not _exists(begun):  # the run goes on where this store is not, or somebody has deleted it
+        begun = ""
+    run_id = str(mlflow.start_run(run_id=begun or None, experiment_id=identifier, run_name=run_dir.name).info.run_id)
+    if not begun:
         mlflow.log_params({f"{section}.{key}": v for section, values in settings.items() for key, v in values.items()})
-        marker.write_text(run_id + "\n")
+        write_text(marker, run_id + "\n")
     return run_id
 
 
@@ -197,7 +199,6 @@ def _exists(run_id: str) -> bool:
     import mlflow
 
     try:
-        mlflow.get_run(run_id)
+        return bool(mlflow.get_run(run_id).info.lifecycle_stage == "active")
     except mlflow.exceptions.MlflowException:
         return False
-    return True

@@ -84,7 +84,7 @@ def search(
                 run_config=ray_tune.RunConfig(name="search", storage_path=str(storage), verbose=1),
             )
         results = tuner.fit()
-    trials = sorted((_told(result) for result in results), key=lambda trial: -trial["success_low"])
+    trials = sorted((_told(result) for result in results), key=_worth, reverse=True)
     for trial in trials:
         words = " ".join(_word(key, value) for key, value in trial["settings"].items())
         failed = f"; failed: {trial['error'].strip().splitlines()[-1]}" if trial["error"] else ""
@@ -92,6 +92,11 @@ def search(
     if not trials[0]["episodes"]:
         raise UserError(f"no trial finished an update; what they said is in {run_dir / 'jobs'}/*.log")
     return {"best": trials[0], "trials": trials}
+
+
+def _worth(trial: dict[str, Any]) -> tuple[bool, bool, float]:
+    """A trial that was ended early was worse than others at the same update, whatever its last one shows."""
+    return trial["error"] is None, trial["held_out"] is not None, trial["success_low"]
 
 
 def _scheduler(updates: int) -> ASHAScheduler | None:
@@ -136,10 +141,20 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
             "tune.search is empty: expected keys with lists or ranges, for example "
             "'tune.search={train.lr: {low: 1.0e-4, high: 1.0e-3, log: true}, objective.fastest: [0.5, 1.0]}'"
         )
+    if most_updates(config) < 2:
+        raise UserError(
+            "train.updates=1: trials are compared by their last update's rollouts, and those of the first are played "
+            "by the starting policy; set train.updates=2 or more"
+        )
     space = {}
     for key, values in config.tune.search.items():
         if key not in known_keys():
             raise UserError(f"tune.search: unknown key {key!r}; {nearest(key, known_keys())}")
+        if key.startswith("eval.") or key == "train.candidates":
+            raise UserError(
+                f"tune.search: {key} has no say in the rollouts by which trials are compared; leave it out (for the "
+                "guidance scale: python launch.py guidance policy.checkpoint=RUN_DIR/final)"
+            )
         if isinstance(values, list) and values:
             space[key] = ray_tune.grid_search(values) if _is_grid(config) else ray_tune.choice(values)
             tried = values

@@ -26,6 +26,7 @@ from ript_ray.data.demonstrations import demonstrations_to_show
 from ript_ray.data.lines import append_json_line
 from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
+from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.evaluation import before_and_after, evaluation_contexts, summary_by_start
 from ript_ray.policies.checkpoints import (
@@ -39,7 +40,8 @@ from ript_ray.policies.checkpoints import (
 )
 from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
-from ript_ray.reporting import versions
+from ript_ray.policies.starting import check_world
+from ript_ray.reporting import progress_bar, versions
 from ript_ray.rollout import play, render_steps
 from ript_ray.types import Context, EpisodeReport, Start, Trajectory
 
@@ -216,7 +218,7 @@ class Player:
     def __init__(self, config: Config, policy: Policy) -> None:
         choose(None)
         self._config = config
-        self._world: World | None = None
+        self._current = CurrentWorld(self._make)
         self.episodes = self.env_steps = 0
         self.adopt(policy, 0)
 
@@ -238,7 +240,8 @@ class Player:
     def play(self, contexts: Sequence[Context], guidance: float | None = None) -> list[bool]:
         """Successes in the order of the contexts, acting as evaluation does, or with another scale of guidance."""
         guidance = self._config.eval.guidance if guidance is None else guidance
-        return [self._play(context, guidance, exploring=False).success for context in contexts]
+        shown = progress_bar(len(contexts), "evaluation", iterable=contexts, leave=False)
+        return [self._play(context, guidance, exploring=False).success for context in shown]
 
     def collect(self, sampler: ContextSampler, accepted: Sequence[int]) -> Iterator[tuple[Group, list[Trajectory]]]:
         """Groups with their rollouts, until enough of them are among ``accepted`` or the budget is spent."""
@@ -290,11 +293,9 @@ class Player:
         return trajectory
 
     def _enter(self, env_id: str) -> World:
-        if self._world is None or self._world.id != env_id:
-            if self._world is not None:
-                self._world.close()
-            self._world = make(env_id, self._config.env.image_size, self._config.env.max_steps)
-            sizes = self._world.state_dim, self._world.action_dim
-            self.policy.transform.check_sizes(f"env.id={env_id!r}", *sizes)
-            self.policy.transform.check_reach(f"env.id={env_id!r}")
-        return self._world
+        return self._current.enter(env_id, self._config.env.image_size, self._config.env.max_steps)
+
+    def _make(self, env_id: str, image_size: int, max_steps: int | None) -> World:
+        world = make(env_id, image_size, max_steps)
+        check_world(world, self.policy.transform, self._config.env)
+        return world

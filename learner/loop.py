@@ -37,7 +37,7 @@ from ript_ray.policies.checkpoints import (
     to_publish,
 )
 from ript_ray.policies.policy import Policy
-from ript_ray.types import Batch, Finished, FrameBatch, Trajectory
+from ript_ray.types import Batch, Finished, FrameBatch, FrameJob, Trajectory
 
 # glibc returns freed memory to the system at once, and every step pays for it again with page faults: a quarter of the
 # learner's speed on a CPU. These keep it; the peak does not change.
@@ -150,7 +150,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             break
         idle = time.perf_counter() - waiting
         began = time.perf_counter()
-        frames = RenderedFrames(shard.rendered, limit)
+        frames = RenderedFrames(shard.rendered, coordinator, limit)
         if config.scaling.learners:  # else this is the driver, which has all of them, and may have to leave Ray
             prefetch(list(shard.trajectories.values()), limit)
         steps = plan_steps(shard, _Trajectories(shard.trajectories, limit), config.train.micro_batch, frames)
@@ -288,12 +288,14 @@ class RenderedFrames(dict[tuple[int, int], np.ndarray]):
 
     Args:
         batches: of a shard.
+        coordinator: handle of a `Coordinator`, which knows the actors: another makes what was lost with one.
         timeout_s: longest wait for one batch.
     """
 
-    def __init__(self, batches: Sequence[FrameBatch], timeout_s: float) -> None:
+    def __init__(self, batches: Sequence[FrameBatch], coordinator: Any, timeout_s: float) -> None:
         super().__init__()
-        self._batches = {key: batch for batch in batches for key in batch.keys}
+        self._batches = {key: batch for batch in batches for key in batch.job.keys}
+        self._coordinator = coordinator
         self._timeout_s = timeout_s
         self.waited_s = 0.0
         """Seconds spent waiting so far."""
@@ -301,10 +303,33 @@ class RenderedFrames(dict[tuple[int, int], np.ndarray]):
     def __missing__(self, key: tuple[int, int]) -> np.ndarray:
         batch = self._batches[key]
         started = time.perf_counter()
-        frames = ray.get(batch.reference[0], timeout=self._timeout_s)
+        try:
+            frames = ray.get(batch.reference[0], timeout=self._timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+            frames = self._made_again(batch.job)
         self.waited_s += time.perf_counter() - started
-        self.update(zip(batch.keys, frames, strict=True))
+        self.update(zip(batch.job.keys, frames, strict=True))
         return self[key]
+
+    def _made_again(self, job: FrameJob) -> np.ndarray:
+        """The same frames by whichever actor is free first: uint8[n, C, H, W, 3].
+
+        Raises:
+            TimeoutError: when none is.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            present = ray.get(self._coordinator.present.remote(), timeout=self._timeout_s)
+            asked = {actor.awake.remote(): actor for actor in present}
+            while asked and (free := ray.wait(list(asked), timeout=left)[0]):
+                with contextlib.suppress(ray.exceptions.RayActorError):  # it is the next one's turn
+                    frames: np.ndarray = ray.get(asked.pop(free[0]).render.remote(job), timeout=self._timeout_s)
+                    return frames
+            time.sleep(1.0)
+        raise TimeoutError(
+            f"a learner waited {self._timeout_s:.0f} s for a rollout actor to make frames that were lost with another; "
+            "see the faults in run.log, or raise scaling.wait_timeout_s"
+        )
 
 
 class _Trajectories(dict[int, Trajectory]):

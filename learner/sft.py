@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from ript_ray.config import Config, ObjectiveConfig, SftConfig, resolve
 from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
 from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
-from ript_ray.policies.checkpoints import load_policy, policy_class
+from ript_ray.policies.checkpoints import build_policy, cpu_weights, load_policy, policy_class
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.starting import check_chunk
 from ript_ray.policies.transform import Transform, check_relative
@@ -27,10 +28,16 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
         The policy and the diagnostics of the update.
     """
     start = _policy_to_go_on_with(config) if config.sft.init else None
-    frame_size = config.env.image_size if start is None else start.transform.frame_size
+    # A π0 makes its frames of any; they are made here, once, since what a camera sees would take more room.
+    frame_size = config.env.image_size if start is None else start.transform.smallest_frame_size
     source = resolve(config.data.demos)
     found = read_demonstrations(source, config.env.ids[0], config.data, image_size=frame_size)
     demos = frames_on_disk(found) if source.is_dir() else list(found)  # a dataset may be larger than the memory
+    if other := sorted({demo.context.env_id for demo in demos} - set(config.env.ids)):
+        raise UserError(
+            f"data.demos={config.data.demos!r} is of {', '.join(other)}; expected demonstrations of env.id="
+            f"{config.env.id!r}: name others, or set env.id={','.join(other)}"
+        )
     pool = dict(enumerate(demos))
     windows = [
         Window(i, start)
@@ -51,7 +58,7 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
             f"train.anchor={config.train.anchor:g} without sft.init: it would hold a new policy at its random weights; "
             "set train.anchor=0, or sft.init"
         )
-    policy = start or new_policy(config.sft.policy, demos, windows, config.sft.relative)
+    policy = start or new_policy(config.sft, demos, windows)
     if config.scaling.learner_gpus > 0:
         if not torch.cuda.is_available():
             raise UserError(
@@ -74,12 +81,13 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     # The condition knows nothing yet: both branches learn the same.
     objective = ObjectiveConfig(name="imitation", alpha=1.0)
     generator = torch.Generator().manual_seed(config.run.seed)
-    return update(policy, steps, config.train, objective, generator, on_step)
+    train = config.train.model_copy(update={"condition_lr": 1.0})  # which is for what is yet to be told apart
+    return update(policy, steps, train, objective, generator, on_step)
 
 
 def _policy_to_go_on_with(config: Config) -> Policy:
     """That of ``sft.init``, which says itself what it is and what its actions are relative to."""
-    for key in ("policy", "relative"):
+    for key in ("policy", "own", "relative"):
         if getattr(config.sft, key) != SftConfig.model_fields[key].default:
             raise UserError(
                 f"sft.{key}={getattr(config.sft, key)} with sft.init={config.sft.init!r}: it is for a new policy, and "
@@ -90,18 +98,18 @@ def _policy_to_go_on_with(config: Config) -> Policy:
     return policy
 
 
-def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relative: int = 0) -> Policy:
+def new_policy(sft: SftConfig, demos: list[Trajectory], windows: list[Window]) -> Policy:
     """A fresh policy of an architecture, with the transform and the chunk statistics of the demonstrations.
 
     Args:
-        kind: the architecture's name.
+        sft: names the architecture, and says what its actions are relative to.
         demos: the demonstrations.
         windows: those of their windows that it will be trained on.
-        relative: so many first action dimensions are taken relative to the state.
 
     Raises:
-        UserError: when there are not so many.
+        UserError: when ``sft.relative`` or ``sft.own`` do not suit it.
     """
+    relative = sft.relative
     labels = [demo.actions if demo.labels is None else demo.labels for demo in demos]
     states, actions = np.concatenate([demo.states for demo in demos]), np.concatenate(labels)
     check_relative("sft.relative", relative, actions.shape[1], states.shape[1])
@@ -116,4 +124,12 @@ def new_policy(kind: str, demos: list[Trajectory], windows: list[Window], relati
     counted = valid[..., None].float()
     mean = (chunks * counted).sum(0) / counted.sum(0).clamp_min(1.0)
     std = (((chunks - mean).square() * counted).sum(0) / counted.sum(0).clamp_min(1.0)).sqrt().clamp_min(0.05)
-    return policy_class(kind).new(transform, mean, std, demos[0].frames.shape[1])
+    kind = policy_class(sft.policy)
+    try:
+        inspect.signature(kind.new).bind(transform, mean, std, demos[0].frames.shape[1], **sft.own)
+    except TypeError as error:
+        raise UserError(f"sft.own={sft.own} with sft.policy={sft.policy}: {error}") from error
+    policy = kind.new(transform, mean, std, demos[0].frames.shape[1], **sft.own)
+    if ":" in sft.policy:  # somebody's own may forget something in its description; better now than when it is loaded
+        build_policy(policy.describe(), cpu_weights(policy))
+    return policy

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from learner.sharding import copy_whole, is_divided, shard, whole
-from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
+from ript_ray.algos.objectives import Draw, find_objective, traits_of
 from ript_ray.config import ObjectiveConfig, TrainConfig
 from ript_ray.policies.adapt import adapt, autocast, merge_lora
 from ript_ray.policies.policy import Policy, draw_shifts, sample_time, shift_images
@@ -121,7 +121,7 @@ def update(
     Raises:
         NonFinite: for a NaN or an infinity in losses, gradients or weights.
     """
-    needs_before = compares_with_reference(objective) or (train.anchor > 0 and anchor is None)
+    needs_before = traits_of(objective).compares_with_reference or (train.anchor > 0 and anchor is None)
     before = _frozen(policy, mesh) if needs_before else None
     if anchor is not None and mesh is not None:
         anchor = _frozen(anchor, mesh)
@@ -316,7 +316,7 @@ class Chances:
     def draw(cls, terms: _Terms, rows: int, cameras: int) -> Chances:
         """For so many windows."""
         policy, generator = terms.policy, terms.generator
-        pixels = 0 if compares_with_recording(terms.objective) else terms.train.image_shift
+        pixels = 0 if traits_of(terms.objective).compares_with_recording else terms.train.image_shift
         return cls(
             shifts=draw_shifts(rows, cameras, pixels, generator) if pixels else None,
             noise=torch.randn(rows, policy.horizon, policy.action_dim, generator=generator),

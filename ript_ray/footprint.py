@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ript_ray.algos.objectives import Draw, compares_with_recording, compares_with_reference, find_objective
+from ript_ray.algos.objectives import Draw, find_objective, traits_of
 from ript_ray.config import Config, ObjectiveConfig
 from ript_ray.errors import UserError
 from ript_ray.policies.adapt import adapt, autocast
@@ -68,6 +68,7 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     """
     train, objective = config.train, config.objective
     policy = copy.deepcopy(policy)
+    policy.without_numbers()
     adapt(policy, train)
     if train.checkpoint_activations:
         policy.checkpoint_activations()
@@ -76,14 +77,14 @@ def update_footprint(policy: Policy, config: Config, cameras: int, state_dim: in
     share = 1 / learners if divided else 1.0
     weights = _bytes([*policy.parameters(), *policy.buffers()])
     trained = _bytes([p for p in policy.parameters() if p.requires_grad])
-    references = compares_with_reference(objective) + (train.anchor > 0)
+    references = traits_of(objective).compares_with_reference + (train.anchor > 0)
     copies = weights * references + (trained if train.ema > 0 else 0.0)
     # Divided weights are whole where they are needed: two blocks, since the next comes while one is computed, and what
     # belongs to no block, with the buffer in which it came; so are their gradients before they are exchanged.
     blocks = [_bytes([*block.parameters()]) for block in policy.shardable()]
     outside = weights - sum(blocks)
     at_once = outside + 2 * max(blocks, default=0.0)
-    if compares_with_recording(objective):  # it asks for what rollouts recorded, and keeps no more than this one
+    if traits_of(objective).compares_with_recording:  # it asks for what rollouts recorded, and keeps no more than this
         objective = ObjectiveConfig()
     rows = min(train.micro_batch, train.batch_size // learners)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -130,7 +131,7 @@ def _kept_for_the_backward_pass(policy: Policy, batch: Batch, config: Config, ob
     rows = len(batch)
     noise = torch.zeros(rows, policy.horizon, policy.action_dim)
     time = torch.full((rows,), 0.5)
-    reference = copy.deepcopy(policy).requires_grad_(False) if compares_with_reference(objective) else None
+    reference = copy.deepcopy(policy).requires_grad_(False) if traits_of(objective).compares_with_reference else None
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         autocast("cpu", config.train),

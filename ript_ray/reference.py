@@ -61,7 +61,7 @@ def _type(annotation: Any) -> str:
     if origin is tuple:
         return f"[{', '.join(_type(a) for a in arguments)}]"
     if origin is dict:
-        return f"mapping from {'key to list or range' if arguments[1] is Any else 'name to text'}"
+        return f"mapping from name to {'value' if arguments[1] is Any else 'text'}"
     if all(isinstance(a, str) for a in arguments):
         return ", ".join(f"`{a}`" for a in arguments)
     return " or ".join(_type(a) for a in arguments)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ript_ray.config import LEARNING, Config, load_config
+from ript_ray.config import LEARNING, Config, load_config, resolve
 from ript_ray.data.lines import read_json_lines
 from ript_ray.errors import UserError
 from ript_ray.evaluation import wilson_interval
@@ -108,14 +108,16 @@ def policy_folder(run_dir: Path, update: int) -> Path:
 
 
 def policy_that_played(episode: Path, version: int) -> Path | None:
-    """The folder of the policy that played an episode which is in a run's directory; None where it is in no such.
+    """The folder of the policy that played an episode which is in a directory of train, eval or guidance; None where it
+    is in no such.
 
     Raises:
         UserError: when the run has its checkpoint no more.
     """
     run_dir = episode.resolve().parent.parent
-    if not (run_dir / "start").is_dir():
-        return None
+    if not (run_dir / "start").is_dir():  # it learnt nothing
+        config = run_dir / "config.yaml"
+        return resolve(load_config(config, []).policy.checkpoint) if config.exists() else None
     summary = run_dir / "summary.json"
     names = json.loads(summary.read_text()).get("policy_versions", {}) if summary.exists() else {}
     update = names.get(str(version), version)
@@ -221,7 +223,12 @@ def describe_comparison(first: Run, second: Run, result: dict[str, Any]) -> str:
             f"{describe_rate(column['second'])}, difference {column['difference']:+.0%} (95 % interval {low:+.0%} to "
             f"{high:+.0%}), Fisher's exact p = {column['p']:.2g} with as many independent episodes as tell as much"
         )
-    if not result["evaluation"]:
+    if result["evaluation"]:
+        lines.append(
+            "  the intervals are those of these two policies: another run with the same settings can end several "
+            "points off, so settings are compared over several run.seed"
+        )
+    else:
         lines.append("  no final evaluation of both to compare")
     return "\n".join(lines)
 

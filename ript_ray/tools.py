@@ -73,6 +73,11 @@ def compare(first: str, second: str, config: Config) -> dict[str, Any]:
         raise UserError(f"compare {first} {second}: one takes states of {state_dims[0]}, the other of {state_dims[1]}")
     state_dim = state_dims[0] if state_dims else 8  # of two files nothing is asked
     seen = stages.observations(config.data, frame_size, config.env.image_size, state_dim)
+    if transforms and seen[1].shape[1] != state_dim:
+        raise UserError(
+            f"data.demos={config.data.demos!r}: its states have {seen[1].shape[1]} dimensions, those of the policies "
+            f"{state_dim}; expected demonstrations of their robot"
+        )
 
     def side(path: Path) -> stages.Stages:
         if path.is_file():

@@ -234,10 +234,9 @@ class Finished:
 class FrameBatch:
     """Frames that are made, or will be, for windows of a shard."""
 
-    keys: tuple[tuple[int, int], ...]
-    """Trajectory and step of each."""
+    job: FrameJob
     reference: list[Any]
-    """Object reference of the frames, uint8[len(keys), C, H, W, 3], in a list of one."""
+    """Object reference of the frames, uint8[n, C, H, W, 3] in the order of the job's keys, in a list of one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
+from conftest import make_policy, make_trajectory
 from test_lerobot import complete
 from test_pi0 import TOKENIZER, make_batch, make_config, make_pi0
 
 import launch
 from ript_ray.data.lerobot.write import write_dataset
+from ript_ray.data.storage import save_trajectories
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import save_policy
 from ript_ray.policies.compare import compare, load_stages, save_stages, stages_of
@@ -134,6 +135,15 @@ def test_the_command_compares_folders_and_files_of_another_system(tmp_path: Path
     (tmp_path / "bad.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=r"bad\.safetensors cannot be read"):
         load_stages(tmp_path / "bad.safetensors")
+
+
+def test_demonstrations_of_another_robot_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_policy(tmp_path / "a", make_policy())
+    demo = make_trajectory(20)
+    save_trajectories(tmp_path / "demos.safetensors", [replace(demo, states=demo.states[:, :6])], {})
+    here = str(tmp_path / "a")
+    assert launch.main(["compare", here, here, f"data.demos={tmp_path / 'demos.safetensors'}"]) == 2
+    assert "its states have 6 dimensions, those of the policies 8" in capsys.readouterr().err
 
 
 def test_one_other_token_is_named_and_what_only_one_has_is_told() -> None:

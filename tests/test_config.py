@@ -89,6 +89,19 @@ _COMPARING = ["train.restart=false", "train.max_staleness=0", "policy.explore=0.
         (["train.stop_at=0.9", "sampling.target_success=0.5"], "the goal would not be reached"),
         (["objective.name=flow_sde", *_COMPARING, "policy.precision=bfloat16"], "set both to float32"),
         (["objective.name=flow_sde", *_COMPARING, "train.precision=bfloat16"], "set both to float32"),
+        (
+            [
+                "objective.name=advantage_weighted",
+                "objective.negatives=relu",
+                "objective.baseline=task",
+                "objective.normalise=robust",
+            ],
+            "once most rollouts succeed it is the median",
+        ),
+        (["objective.name=label_dropout", "objective.alpha=0.5"], "alpha=0.5 .*it has no say there"),
+        (["objective.beta=0.3"], "beta=0.3 with objective.name=cfg"),
+        (["objective.name=nft", *_COMPARING, "objective.clip=symmetric", "objective.clip_low=2"], "no say there"),
+        (["objective.own={margin: 1}"], "it is for objectives by module:function"),
     ],
 )
 def test_an_objective_is_refused_where_it_would_not_do_what_it_says(overrides: list[str], expected: str) -> None:

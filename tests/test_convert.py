@@ -209,15 +209,18 @@ def test_lerobot_s_own_words_on_normalisation_and_relative_actions_count(
     assert "set convert.relative" in refused({})
 
 
-@pytest.mark.parametrize("pi05", [False, True])
-def test_a_learnt_condition_becomes_part_of_what_is_exported(pi05: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pi05", "in_prompt"), [(False, False), (True, True), (True, False)])
+def test_a_learnt_condition_becomes_part_of_what_is_exported(pi05: bool, in_prompt: bool, tmp_path: Path) -> None:
     make_openpi(tmp_path / "theirs", pi05=pi05)
-    launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    told = ["convert.relative=5", f"convert.state_in_prompt={in_prompt}"]
+    assert launch.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), *told]) == 0
     policy, batch = load_policy(tmp_path / "ours"), make_batch(2)
     policy.condition.weight.data.normal_()
     save_policy(tmp_path / "learnt", policy)
     assert launch.main(["convert", str(tmp_path / "learnt"), str(tmp_path / "openpi"), "convert.to=openpi"]) == 0
     assert launch.main(["convert", str(tmp_path / "openpi"), str(tmp_path / "again"), "convert.condition=none"]) == 0
+    assert load_policy(tmp_path / "again").transform.relative == policy.transform.relative == (True,) * 5 + (False,) * 2
+    assert load_policy(tmp_path / "again").config.state_in_prompt == policy.config.state_in_prompt == in_prompt
     noise = torch.randn(2, 50, 32)
     seen = batch.frames, batch.states, batch.instructions, noise
     expected = policy.act(*seen)[0]

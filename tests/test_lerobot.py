@@ -26,6 +26,7 @@ import launch
 from ript_ray.config import DataConfig
 from ript_ray.data.demonstrations import read_demonstrations
 from ript_ray.data.hdf5 import read_hdf5
+from ript_ray.data.lerobot.decode import fit
 from ript_ray.data.lerobot.layout import LEROBOT_KEYS, Keys, describe_dataset
 from ript_ray.data.lerobot.read import read_dataset
 from ript_ray.data.lerobot.write import write_dataset
@@ -339,6 +340,31 @@ def test_wrong_arguments(tmp_path: Path, options: dict[str, Any], message: str) 
 
 
 # Datasets that others wrote
+
+
+def test_files_and_rows_that_the_list_of_episodes_has_wrong_are_found_all_the_same(tmp_path: Path) -> None:
+    """As LeRobot's converter wrote them; neither are tasks in every list, nor integers that pandas had with gaps."""
+    made = [complete(12, 0), complete(60, 1), complete(9, 2), complete(30, 3)]
+    write_dataset(tmp_path / "it", iter(made), data_files_size_in_mb=0.02)
+    assert len(list((tmp_path / "it/data").glob("*/*.parquet"))) >= 3
+    (file,) = (tmp_path / "it/meta/episodes").glob("*/*.parquet")
+    table = pq.read_table(file)
+    files = table["data/file_index"].to_pylist()
+    wrong = {
+        "data/file_index": [max(0, file - (i and file != files[i - 1])) for i, file in enumerate(files)],
+        "dataset_from_index": [0] * len(made),
+    }
+    assert wrong["data/file_index"] != files
+    for name, values in wrong.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+    pq.write_table(table.drop_columns(["tasks"]), file)
+    data = min((tmp_path / "it/data").glob("*/*.parquet"))
+    rows = pq.read_table(data)
+    pq.write_table(rows.append_column("__index_level_0__", pa.array(range(rows.num_rows))), data)
+    read = list(read_dataset(tmp_path / "it", env_id="libero_object/0"))
+    assert [t.instruction for t in read] == [t.instruction for t in made]
+    for mine, theirs in zip(made, read, strict=True):
+        np.testing.assert_array_equal(theirs.states, mine.states)
 
 
 def so100(root: Path, films: bool, change: Callable[[dict[str, Any]], None] = lambda columns: None) -> dict[str, Any]:
@@ -706,6 +732,17 @@ def test_hdf5_demonstrations(tmp_path: Path) -> None:
     demos = libero_file(path, "opencv")
     upright = next(read_hdf5(path, env_id="x")).frames[0, 0]
     np.testing.assert_array_equal(upright, demos[0]["obs/agentview_rgb"][0][:, ::-1])
+
+
+def test_frames_of_hdf5_demonstrations_are_scaled_as_those_of_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "x_demo.hdf5"
+    libero_file(path)
+    whole = list(read_demonstrations(path, "libero_goal/0"))
+    scaled = list(read_demonstrations(path, "libero_goal/0", image_size=16))
+    for before, after in zip(whole, scaled, strict=True):
+        assert after.frames.shape == (len(before), 2, 16, 16, 3)
+        np.testing.assert_array_equal(after.frames[0, 1], fit(before.frames[0, 1], 16))
+        np.testing.assert_array_equal(after.actions, before.actions)
 
 
 def test_hdf5_demonstrations_say_what_rollouts_are_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
-from ript_ray.algos.objectives import OBJECTIVES, Draw, compares_with_reference
+from ript_ray.algos.objectives import OBJECTIVES, Draw, traits_of
 from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig
 from ript_ray.policies.integration import (
     ChainStep,
@@ -302,7 +302,7 @@ def train_bandit(policy: Bandit, batch: Batch, settings: ObjectiveConfig, steps:
         part = batch[at : at + 256]
         rows = len(part)
         noise, time = torch.randn(rows, 1, 2, generator=generator), sample_time(rows, generator)
-        known = reference if compares_with_reference(settings) else None
+        known = reference if traits_of(settings).compares_with_reference else None
         draw = Draw(policy, part, noise, time, torch.rand(rows, generator=generator), known)
         loss = OBJECTIVES[settings.name](draw, settings).per_sample.mean()
         optimiser.zero_grad()

@@ -34,6 +34,7 @@ from ript_ray.policies.pi0.layout import from_openpi, to_openpi
 from ript_ray.policies.pi0.policy import Pi0Config, Pi0Policy, VisionSizes
 from ript_ray.policies.pi0.prompt import PromptTokenizer, prompt_tokens
 from ript_ray.policies.pi0.transform import Pi0Transform, quantile, quantiles_of, resize_with_pad
+from ript_ray.policies.stages import recording
 from ript_ray.policies.starting import load_policy_to_train, load_starting_policy
 from ript_ray.types import Batch, Window
 
@@ -146,6 +147,21 @@ def test_guidance_means_what_it_says_and_the_noise_is_left_alone(pi05: bool, con
     for w in (0.0, 0.5, 1.0, 3.0):
         guided = policy.guided_velocity(policy.guided(features, 3, w), noise, t, w)
         torch.testing.assert_close(guided, v0 + w * (v1 - v0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pi05", "condition"), [(False, "embedding"), (True, "embedding"), (False, "text")])
+def test_a_fused_step_sees_prompts_of_one_length_and_acts_the_same(pi05: bool, condition: Any) -> None:
+    policy = make_pi0(make_config(pi05, condition=condition))
+    frames, states, noise = make_batch(1).frames, make_batch(1).states, torch.randn(1, 50, 32)
+    prompts = ["go", "pick up the alphabet soup and place it in the basket"]
+    expected = [policy.act(frames, states, [prompt], noise, 2.0)[0] for prompt in prompts]
+    policy.compile_step()
+    del policy.velocity  # to compile it takes a minute; its graphs would depend on the sizes of what it is given
+    for prompt, actions in zip(prompts, expected, strict=True):
+        with recording() as stages:
+            acted, _ = policy.act(frames, states, [prompt], noise, 2.0)
+        assert {v.shape[1] for k, v in stages.items() if k.startswith("tokens")} == {policy.config.max_tokens}
+        torch.testing.assert_close(acted, actions, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pi05", [False, True])

@@ -84,6 +84,18 @@ def test_what_an_update_takes_is_what_one_takes(kind: str, precision: str, ancho
     assert ("weights in bfloat16" in told) == (precision == "bfloat16")
 
 
+@pytest.mark.parametrize(("kind", "condition"), [("pi05_tiny", "embedding"), ("pi0_tiny", "text")])
+def test_what_an_update_takes_where_prompts_depend_on_numbers(kind: str, condition: Any) -> None:
+    from ript_ray.config import ConvertConfig
+    from ript_ray.policies.pi0.convert import random_policy
+
+    policy = random_policy(kind, ConvertConfig(condition=condition)).train()
+    settings = {"train": {"micro_batch": 4}, "env": {"image_size": 32}, "scaling": {"learners": 1}}
+    told = update_footprint(policy, Config.model_validate(settings), cameras=2, state_dim=8, action_dim=7)
+    live = live_bytes_after_forward(policy, 4, 32, "float32", 0.0)
+    assert live < told["activations of 4 windows"] < 3 * live  # as if each prompt were as long as may be
+
+
 def test_an_actors_share_of_a_gpu_holds_its_policy() -> None:
     policy = policy_without_weights("random:pi0")
 

@@ -9,7 +9,7 @@ from conftest import INSTRUCTION, make_policy, make_trajectory
 
 from learner.update import NonFinite, Step, learning_rate, update
 from ript_ray.algos.objectives import Draw
-from ript_ray.config import ObjectiveConfig, TrainConfig
+from ript_ray.config import ObjectiveConfig, SftConfig, TrainConfig
 from ript_ray.data.windows import gather
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import (
@@ -83,7 +83,7 @@ def test_relative_actions_are_as_far_from_the_state_as_their_chunk_goes() -> Non
     demo = make_trajectory(60, seed=1)
     ramp = np.arange(60, dtype=np.float32)[:, None]
     demo = dataclasses.replace(demo, states=np.tile(ramp, 8), actions=np.tile(ramp + 1, 7))
-    policy = new_policy("flow", [demo], [Window(0, start) for start in range(11)], relative=7)
+    policy = new_policy(SftConfig(relative=7), [demo], [Window(0, start) for start in range(11)])
     assert isinstance(policy, FlowPolicy)
     # Whichever the window, its actions are 1 to 50 ahead.
     np.testing.assert_allclose(policy.transform.action_mean, 25.5, rtol=1e-5)

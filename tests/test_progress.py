@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.progress import CHOOSING, Progress
+from actors.progress import CHOOSING, CHOOSING_GUIDANCE, Progress
 from ript_ray.config import Config
 
 
@@ -40,6 +40,18 @@ def test_the_whole_job_is_done_when_all_its_stages_are() -> None:
     assert seen == sorted(seen)
     assert seen[0] == 0.0
     assert seen[-1] == pytest.approx(1.0)
+
+
+def test_a_choice_of_guidance_is_done_when_its_halving_is() -> None:
+    config = Config.model_validate({"eval": {"scales": [1, 2], "halving_episodes": 3}})
+    progress = Progress(config, training=False)
+    seen = []
+    for _ in config.eval.scales:  # the better one plays no more: it is the last
+        progress.enter(CHOOSING_GUIDANCE, 3)
+        for _ in range(3):
+            progress.one_more()
+            seen.append(progress.now()["fraction"])
+    assert seen == pytest.approx([i / 6 for i in range(1, 7)])
 
 
 def test_what_earlier_sessions_did_is_told_apart() -> None:

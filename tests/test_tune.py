@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_resume import SETTINGS
 
-from cluster.tune import most_updates, search_space
+from cluster.tune import _worth, most_updates, search_space
 from ript_ray.config import Config
 from ript_ray.errors import UserError
 
@@ -46,6 +46,17 @@ def test_a_range_of_whole_numbers_has_both_ends_and_nothing_between() -> None:
     for wrong in ({"low": "1e-4", "high": 3}, {"low": 3, "high": 1}, {"low": 0, "high": 3, "log": True}):
         with pytest.raises(UserError, match="expected numbers"):
             space(**wrong)
+
+
+def test_what_was_ended_early_or_failed_is_not_the_best() -> None:
+    finished, ended = {"error": None, "held_out": {}}, {"error": None, "held_out": None}
+    trials = [
+        ended | {"success_low": 0.77},  # two updates, and then others were better
+        finished | {"success_low": 0.55},
+        finished | {"success_low": 0.62},
+        {"error": "it failed", "held_out": None, "success_low": 0.9},
+    ]
+    assert sorted(trials, key=_worth, reverse=True) == [trials[2], trials[1], trials[0], trials[3]]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -14,11 +14,14 @@ from test_launch import launch
 
 from benchmarks.stock import random_actions
 from launch import main
+from ript_ray.config import EnvConfig
 from ript_ray.data.storage import load_episode, save_episode
 from ript_ray.envs import make
 from ript_ray.envs.gymnasium_world import GymnasiumWorld
 from ript_ray.envs.tasks import ROBOSUITE_TASKS
 from ript_ray.errors import UserError
+from ript_ray.policies.starting import check_world
+from ript_ray.policies.transform import Transform
 from ript_ray.replay import replay_episode
 
 IMAGES = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
@@ -364,6 +367,54 @@ def test_an_episode_ends_at_the_step_limit_or_when_the_environment_truncates_it(
     assert ends == [(False, False)] * (length - 1) + [(False, True)]
     with pytest.raises(gym.error.ResetNeeded):
         world.step(np.zeros(1))
+
+
+class Masked(NoSuccess):
+    """Has a mask and what is seen from far away beside its frames; needs an argument; runs at 50 Hz."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 50}
+    observation_space = gym.spaces.Dict(
+        {
+            "mask": gym.spaces.Box(0, 1, (8, 8, 1), np.uint8),
+            "view": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            "state": gym.spaces.Box(-1, 1, (1,), np.float32),
+        }
+    )
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        return {**super()._seen(), "mask": np.zeros((8, 8, 1), np.uint8)}
+
+
+gym.register("tests/Masked-v0", entry_point=Masked)
+gym.register("tests/MaskedWithGain-v0", entry_point=Masked, kwargs={"gain": 1.0})
+
+
+def test_what_is_no_picture_in_colours_is_no_camera() -> None:
+    world = GymnasiumWorld("tests/MaskedWithGain-v0", 8)
+    assert world.cameras == ("view",)
+    assert world.metadata["render_fps"] == 50
+    observation, _ = world.reset(seed=0)
+    assert set(observation) == {"view", "state", "instruction"}
+    with pytest.raises(UserError, match=r"Masked-v0': .*gain.*with the arguments that it needs"):
+        GymnasiumWorld("tests/Masked-v0", 8)
+
+
+def test_a_world_must_have_the_initial_states_that_are_asked_for() -> None:
+    world = GymnasiumWorld("tests/Buffers-v0", 8)
+    world.num_init_states = 30
+    transform = Transform(
+        state_mean=(0.0,), state_std=(1.0,), action_mean=(0.0,), action_std=(1.0,), relative=(False,), image_size=8
+    )
+    check_world(world, transform, EnvConfig(train_init_states=(0, 20), eval_init_states=(20, 30)))
+    with pytest.raises(UserError, match=r"eval_init_states=\[25, 50\]: gymnasium/tests/Buffers-v0 has 30 initial"):
+        check_world(world, transform, EnvConfig(train_init_states=(0, 20)))
+    with pytest.raises(UserError, match=r"env\.train_init_states=\[0, 40\]"):
+        check_world(world, transform, EnvConfig(train_init_states=(0, 40), eval_init_states=(20, 30)))
+    states = (0, 40)  # none of which is trained on
+    check_world(world, transform, EnvConfig(train_placements=9, train_init_states=states, eval_init_states=(20, 30)))
 
 
 def test_what_a_gymnasium_environment_lacks_is_named() -> None:

@@ -33,6 +33,8 @@ class SftConfig(Section):
     """Folder of a policy to continue from; a new one by default."""
     policy: str = "flow"
     """Architecture of a new one; or ``module:class``, one of yours (docs/extending.md)."""
+    own: dict[str, Any] = Field(default={})
+    """Further arguments for a new one by ``module:class``."""
     relative: int = Field(default=0, ge=0)
     """Number of leading action dimensions of a new one that are relative to the state: of an SO100 arm, whose actions
     are joint angles, 6, or 5 if its gripper stays absolute. LIBERO's actions are changes already."""
@@ -108,7 +110,7 @@ class BenchConfig(Section):
     """What the benchmarks compare, disturb, watch and measure."""
 
     objectives: tuple[str, ...] = ()
-    """Names in ``benchmarks/objectives.py``; all by default."""
+    """Names in ``benchmarks/objectives.py``, all by default; and ``module:function``, yours."""
     seeds: int = Field(default=3, ge=1)
     """Runs of each, with seeds from ``run.seed`` on."""
     rounds: int = Field(default=1, ge=1)

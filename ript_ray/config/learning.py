@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from ript_ray.config.section import Section
 from ript_ray.errors import nearest
 
-WEIGHING = ("advantage_weighted", "flow_sde", "fpo", "nft")
-"""Objectives to which it matters how good a sample is, not only whether it is."""
-OBJECTIVE_NAMES = tuple(sorted((*WEIGHING, "cfg", "imitation", "label_dropout")))
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What an objective does that other settings must go by."""
+
+    weighs: bool = False
+    """It matters to it how good a sample is, not only whether it is."""
+    compares_with_reference: bool = False
+    """It asks for the policy before the update."""
+    compares_with_recording: bool = False
+    """It asks for what rollouts recorded, of frames as they were."""
+    on_policy: bool = False
+    """Its samples must be of the policy before the update."""
+    trains_one_branch: bool = False
+    """It trains c = 1 alone, so there is nothing to guide by."""
+
+
+_RATIO = Traits(weighs=True, compares_with_reference=True, on_policy=True, trains_one_branch=True)
+TRAITS = {
+    "advantage_weighted": Traits(weighs=True),
+    "cfg": Traits(),
+    "flow_sde": Traits(weighs=True, compares_with_recording=True, trains_one_branch=True),
+    "fpo": _RATIO,
+    "imitation": Traits(),
+    "label_dropout": Traits(),
+    "nft": _RATIO,
+}
+OWN = Traits(weighs=True)
+"""Of an objective by ``module:function``, as long as nobody has looked at it."""
+OBJECTIVE_NAMES = tuple(TRAITS)
 
 
 class SamplingConfig(Section):
@@ -124,6 +152,8 @@ class ObjectiveConfig(Section):
     """Largest weight of ``negatives=exp``."""
     floor: float = Field(default=0.05, ge=0.0)
     """Smallest weight of ``negatives=clamp``."""
+    own: dict[str, Any] = Field(default={})
+    """Settings of an objective by ``module:function``, which finds them in ``settings.own``."""
 
     @field_validator("name")
     @classmethod

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ript_ray.config.job import INIT_STATES, MAX_SEED, PLACEMENTS
-from ript_ray.config.learning import OBJECTIVE_NAMES, WEIGHING, ObjectiveConfig
+from ript_ray.config.learning import OWN, TRAITS, ObjectiveConfig, Traits
 
 if TYPE_CHECKING:
     from ript_ray.config import Config
 
-_COMPARE = ("fpo", "nft", "flow_sde")
-"""Objectives that compare with what the policy answered when it acted."""
+_USED: dict[str, Callable[[ObjectiveConfig], bool]] = {
+    "alpha": lambda o: o.name in ("cfg", "imitation", "advantage_weighted"),
+    "dropout": lambda o: o.name == "label_dropout",
+    "beta": lambda o: o.name == "nft",
+    "ratio_clip": lambda o: o.name in ("fpo", "flow_sde"),
+    "ratio_scale": lambda o: o.name == "fpo",
+    "margin": lambda o: o.negatives == "hinge",
+    "temperature": lambda o: o.negatives in ("softplus", "exp"),
+    "weight_limit": lambda o: o.negatives == "exp",
+    "floor": lambda o: o.negatives == "clamp",
+    "clip_low": lambda o: o.clip == "asymmetric",
+    "clip_high": lambda o: o.clip in ("symmetric", "asymmetric"),
+    "clip_quantile": lambda o: o.clip == "quantile",
+}
+"""When a setting of the objective has a say."""
 
 
 def check(config: Config) -> None:
@@ -20,8 +34,19 @@ def check(config: Config) -> None:
     Raises:
         ValueError: for the first that does not hold.
     """
-    for rule in (_states, _budget, _goal, _asynchrony, _actors, _learners, _samples, _weights, _versions, _guidance):
+    for rule in (_states, _budget, _goal, _asynchrony, _actors, _learners, _demonstrations, _used):
         rule(config)
+    check_objective(config, TRAITS.get(config.objective.name, OWN))
+
+
+def check_objective(config: Config, traits: Traits) -> None:
+    """Apply the rules that go by what the objective does.
+
+    Raises:
+        ValueError: for the first that does not hold.
+    """
+    for rule in (_samples, _weights, _versions, _guidance):
+        rule(config, traits)
 
 
 def _states(config: Config) -> None:
@@ -116,35 +141,40 @@ def _learners(config: Config) -> None:
         )
 
 
-def _samples(config: Config) -> None:
+def _samples(config: Config, traits: Traits) -> None:
     """Are they such that the objective can learn from them?"""
     name, data, policy = config.objective.name, config.data, config.policy
-    if name == "flow_sde" and policy.explore == 0.0:
+    if traits.compares_with_recording and policy.explore == 0.0:
         raise ValueError(
-            f"objective.name=flow_sde with policy.explore={policy.explore:g}: expected more than 0, for "
+            f"objective.name={name} with policy.explore={policy.explore:g}: expected more than 0, for "
             "example 0.5; it learns from the stochastic steps of rollouts"
         )
-    if name == "flow_sde" and {policy.precision, config.train.precision} != {"float32"}:
+    if traits.compares_with_recording and {policy.precision, config.train.precision} != {"float32"}:
         raise ValueError(
-            f"objective.name=flow_sde with policy.precision={policy.precision}, train.precision="
+            f"objective.name={name} with policy.precision={policy.precision}, train.precision="
             f"{config.train.precision}: it compares densities of what actors did with what the learner would, and "
             "rounding alone would clip them; set both to float32"
         )
-    if name in _COMPARE and data.windows != "seen":
+    compares = traits.on_policy or traits.compares_with_recording
+    if compares and data.windows != "seen":
         raise ValueError(
             f"objective.name={name} with data.windows={data.windows}: it compares with what the policy answered to "
             "what it saw; set data.windows=seen"
         )
-    if name in _COMPARE and policy.action_noise > 0:
+    if compares and policy.action_noise > 0:
         raise ValueError(
             f"policy.action_noise={policy.action_noise:g} with objective.name={name}: it compares with what the "
             "policy answered, which is not what was executed then; set policy.action_noise=0"
         )
-    if name in _COMPARE and data.demo_share > 0:
+    if compares and data.demo_share > 0:
         raise ValueError(
             f"data.demo_share={data.demo_share:g} with objective.name={name}: it compares with what the policy "
             "answered, and demonstrations have no such answer; set data.demo_share=0"
         )
+
+
+def _demonstrations(config: Config) -> None:
+    data = config.data
     shown = round(data.demo_share * config.train.batch_size)
     if data.demo_share > 0 and not 0 < shown < config.train.batch_size:
         raise ValueError(
@@ -153,7 +183,24 @@ def _samples(config: Config) -> None:
         )
 
 
-def _weights(config: Config) -> None:
+def _used(config: Config) -> None:
+    """Has every setting of the objective that was changed a say?"""
+    objective = config.objective
+    if objective.own and objective.name in TRAITS:
+        raise ValueError(
+            f"objective.own={objective.own} with objective.name={objective.name}: it is for objectives by "
+            "module:function; leave it out"
+        )
+    for key, used in _USED.items():
+        value = getattr(objective, key)
+        if objective.name in TRAITS and value != ObjectiveConfig.model_fields[key].default and not used(objective):
+            raise ValueError(
+                f"objective.{key}={value:g} with objective.name={objective.name}, negatives={objective.negatives}, "
+                f"clip={objective.clip}: it has no say there; leave it out"
+            )
+
+
+def _weights(config: Config, traits: Traits) -> None:
     """Does how advantages become weights suit the objective?"""
     objective = config.objective
     if objective.name == "advantage_weighted" and objective.negatives == "keep":
@@ -173,7 +220,9 @@ def _weights(config: Config) -> None:
             "success would have no weight, and a failure some; set objective.fastest=1, or "
             "objective.negatives=relu or hinge"
         )
-    if objective.name in _COMPARE and (objective.negatives == "abs" or objective.normalise == "min_max"):
+    if (traits.on_policy or traits.compares_with_recording) and (
+        objective.negatives == "abs" or objective.normalise == "min_max"
+    ):
         how = "negatives=abs" if objective.negatives == "abs" else "normalise=min_max"
         raise ValueError(
             f"objective.{how} with objective.name={objective.name}: it would make failures likelier, as "
@@ -184,7 +233,13 @@ def _weights(config: Config) -> None:
             f"objective.normalise=min_max with objective.negatives={objective.negatives}: no advantage is negative "
             "then, so failures would be imitated; set objective.normalise=none (or standard)"
         )
-    if objective.name in OBJECTIVE_NAMES and objective.name not in WEIGHING:
+    if objective.normalise == "robust" and objective.baseline == "task":
+        raise ValueError(
+            "objective.normalise=robust with objective.baseline=task: all successes have the same advantage there, "
+            "and once most rollouts succeed it is the median, from which nothing is learnt; set "
+            "objective.normalise=standard"
+        )
+    if not traits.weighs:
         for key in ("normalise", "clip", "negatives"):
             if getattr(objective, key) != ObjectiveConfig.model_fields[key].default:
                 raise ValueError(
@@ -193,34 +248,34 @@ def _weights(config: Config) -> None:
                 )
 
 
-def _versions(config: Config) -> None:
+def _versions(config: Config, traits: Traits) -> None:
     """Were samples made by the policies that the objective compares with? In a single update they are."""
     name, train = config.objective.name, config.train
     if train.updates == 1:
         return
-    if name in ("fpo", "nft") and (train.restart or train.max_staleness > 0):
+    if traits.on_policy and (train.restart or train.max_staleness > 0):
         raise ValueError(
             f"objective.name={name} with train.restart={str(train.restart).lower()} and "
             f"train.max_staleness={train.max_staleness}: it compares with the policy before the update, which "
             "must have made the samples; set train.restart=false train.max_staleness=0"
         )
-    if name == "flow_sde" and train.restart:
+    if traits.compares_with_recording and train.restart:
         raise ValueError(
-            "objective.name=flow_sde with train.restart=true: to the starting policy, what later ones did is so "
+            f"objective.name={name} with train.restart=true: to the starting policy, what later ones did is so "
             "unlikely that its ratio is clipped and teaches nothing; set train.restart=false"
         )
-    if name in ("fpo", "nft") and train.ema > 0 and train.act_with_ema:
+    if traits.on_policy and train.ema > 0 and train.act_with_ema:
         raise ValueError(
             f"objective.name={name} with train.ema={train.ema:g} and train.act_with_ema=true: it compares with the "
             "weights before the update, and their average made the samples; set train.act_with_ema=false"
         )
 
 
-def _guidance(config: Config) -> None:
+def _guidance(config: Config, traits: Traits) -> None:
     """Are both branches trained, if there is to be guidance?"""
     objective = config.objective
     branches = objective.name in ("cfg", "imitation", "advantage_weighted")
-    if objective.name not in _COMPARE and not (branches and objective.alpha == 0.0):
+    if not traits.trains_one_branch and not (branches and objective.alpha == 0.0):
         return
     for key, scale in (("policy.guidance", config.policy.guidance), ("eval.guidance", config.eval.guidance)):
         if scale != 1.0:

@@ -16,16 +16,18 @@ import numpy as np
 from ript_ray.algos.advantages import leave_one_out
 from ript_ray.algos.sampling import training_starts
 from ript_ray.config import Config, DataConfig, load_config, resolve
+from ript_ray.data.lerobot.decode import fit
 from ript_ray.data.lerobot.layout import OPENPI_KEYS, Keys, Version
 from ript_ray.data.lerobot.read import read_dataset
-from ript_ray.data.lerobot.write import write_dataset
+from ript_ray.data.lerobot.write import FPS, write_dataset
 from ript_ray.data.shards import starts_seen
 from ript_ray.data.storage import load_episode, load_trajectories
-from ript_ray.envs import World, find_task, make
+from ript_ray.envs import find_task
+from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.tasks import MAX_STEPS, SHIFTED, task_called
 from ript_ray.errors import UserError
 from ript_ray.policies.policy import Policy
-from ript_ray.reporting import write_json
+from ript_ray.reporting import progress_bar, write_json
 from ript_ray.rollout import Recorder
 from ript_ray.types import EpisodeRecord, EpisodeReport, Start, Trajectory
 
@@ -42,8 +44,8 @@ def read_demonstrations(
         path: of the file or folder.
         env_id: task that the contexts of foreign demonstrations name.
         data: says of foreign ones which features are what, and how many of their frames to keep.
-        image_size: scale the frames of a LeRobot dataset to this height and width; by default they stay as they are,
-            or, where its cameras differ in size, become squares of the longest side.
+        image_size: scale the frames of a LeRobot dataset or HDF5 to this height and width; by default they stay as they
+            are, or, where a dataset's cameras differ in size, become squares of the longest side.
         frames: False leaves those of a LeRobot dataset unread, for who needs none.
 
     Raises:
@@ -66,8 +68,16 @@ def read_demonstrations(
         # What such a file says of itself is the goal file's text, which differs from the benchmark's in 29 tasks.
         task = task_called(path.stem.removesuffix("_demo"))
         said = None if task is None else task.instruction
-        return read_hdf5(path, env_id=env_id, instruction=said, every=data.frame_every, observed=data.observed)
+        found = read_hdf5(path, env_id=env_id, instruction=said, every=data.frame_every, observed=data.observed)
+        return found if image_size is None else (_scaled(demo, image_size) for demo in found)
     return iter(load_trajectories(path))
+
+
+def _scaled(demo: Trajectory, size: int) -> Trajectory:
+    if demo.frames.shape[2:4] == (size, size):
+        return demo
+    frames = np.stack([np.stack([fit(frame, size) for frame in look]) for look in demo.frames])
+    return replace(demo, frames=frames)
 
 
 def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
@@ -200,28 +210,27 @@ def export_run(run_dir: Path, root: Path, version: Version = "v3.0") -> int:
             return 0.0
         return float(leave_one_out(rewards)[rewards == trajectory.reward][0])
 
-    episodes = _played_again(records)
-    first = next(episodes)
-    more = tuple(f"image_{i}" for i in range(2, first.frames.shape[1]))
-    write_dataset(
-        root,
-        itertools.chain([first], episodes),
-        version=version,
-        keys=Keys(cameras=(*OPENPI_KEYS.cameras, *more)[: first.frames.shape[1]]),
-        columns=("success", "policy_version", "init_hash", "action_is_pad"),
-        advantages=advantage,
-    )
+    with CurrentWorld() as current:
+        episodes = _played_again(records, current)
+        first = next(episodes)
+        more = tuple(f"image_{i}" for i in range(2, first.frames.shape[1]))
+        assert current.world is not None
+        write_dataset(
+            root,
+            itertools.chain([first], episodes),
+            version=version,
+            fps=round(current.world.metadata.get("render_fps", FPS)),
+            keys=Keys(cameras=(*OPENPI_KEYS.cameras, *more)[: first.frames.shape[1]]),
+            columns=("success", "policy_version", "init_hash", "action_is_pad"),
+            advantages=advantage,
+        )
     return len(records)
 
 
-def _played_again(records: dict[Path, EpisodeRecord]) -> Iterator[Trajectory]:
+def _played_again(records: dict[Path, EpisodeRecord], current: CurrentWorld) -> Iterator[Trajectory]:
     """The whole trajectories of recorded episodes, by their files."""
-    env: World | None = None
-    for file, record in records.items():
-        if env is None or env.id != record.context.env_id:
-            if env is not None:
-                env.close()
-            env = make(record.context.env_id, record.image_size, record.max_steps)
+    for file, record in progress_bar(len(records), "episodes played again", iterable=records.items()):
+        env = current.enter(record.context.env_id, record.image_size, record.max_steps)
         observation, _ = env.reset(**record.context.reset_arguments())
         recorder = Recorder(env, record.context)
         success = False
@@ -233,5 +242,3 @@ def _played_again(records: dict[Path, EpisodeRecord]) -> Iterator[Trajectory]:
         if not np.array_equal(trajectory.state_hashes, record.state_hashes):
             raise UserError(f"{file} does not go as it was recorded; 'python launch.py replay {file}' tells where")
         yield trajectory
-    if env is not None:
-        env.close()

@@ -8,7 +8,7 @@ import numpy as np
 
 from ript_ray.config import Config, DemosConfig
 from ript_ray.data.expert import find_expert
-from ript_ray.envs import make
+from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.world import World
 from ript_ray.rollout import Recorder
 from ript_ray.types import Context, Trajectory
@@ -21,13 +21,10 @@ _LINGER_STEPS = 25
 
 def demonstrate_all(config: Config, contexts: Iterable[Context]) -> Iterator[Trajectory]:
     """A demonstration of each context, one after the other in this process, made when it is asked for."""
-    world: World | None = None
-    for context in contexts:
-        if world is None or world.id != context.env_id:
-            if world is not None:
-                world.close()
-            world = make(context.env_id, config.env.image_size, config.env.max_steps)
-        yield demonstrate(world, context, config.demos)
+    with CurrentWorld() as current:
+        for context in contexts:
+            world = current.enter(context.env_id, config.env.image_size, config.env.max_steps)
+            yield demonstrate(world, context, config.demos)
 
 
 def demonstrate(env: World, context: Context, config: DemosConfig) -> Trajectory:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ript_ray.algos.advantages import AdvantageCounts, against_task, credit_fastest, process
 from ript_ray.config import Config, DataConfig, ObjectiveConfig
-from ript_ray.config.learning import WEIGHING
+from ript_ray.config.learning import OWN, TRAITS
 from ript_ray.data.windows import batches_with_good, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
 from ript_ray.types import EpisodeReport, Shard
@@ -95,7 +95,9 @@ def make_shard(
 def _teaching(advantages: np.ndarray, weights: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
     """Which trajectories are good, and count as such for the objective: bool[N]."""
     good = advantages > 0
-    return good & (weights > 0) if objective.name in WEIGHING else good  # normalising may have left nothing of it
+    return (
+        good & (weights > 0) if TRAITS.get(objective.name, OWN).weighs else good
+    )  # normalising may have left nothing of it
 
 
 def number_demos(demos: Sequence[tuple[EpisodeReport, Any]]) -> Demos:

@@ -19,10 +19,10 @@ MAX_STEPS = 200
 class GymnasiumWorld(World):
     """A registered gymnasium environment.
 
-    Its observations must be dictionaries with at least one frame (a uint8 box [H, W, 3]; every one counts as a camera)
-    and ``state`` (a float box [n]); its actions a bounded box; and every ``info`` of a step must hold ``success``. The
-    instruction is the environment's attribute ``instruction``, else its name. The i-th initial state is what seed i
-    gives.
+    Its observations must be dictionaries with at least one frame (a uint8 box [H, W, 3]; every one counts as a camera,
+    and others, as masks, are left out) and ``state`` (a float box [n]); its actions a bounded box; and every ``info``
+    of a step must hold ``success``. The instruction is the environment's attribute ``instruction``, else its name. The
+    i-th initial state is what seed i gives.
 
     An episode ends with success, when the environment ends or truncates it, or at the step limit. A frame cannot be
     made later in general, so tickets hold the frames themselves.
@@ -43,15 +43,16 @@ class GymnasiumWorld(World):
 
         try:
             self._env = gym.make(name, max_episode_steps=max_steps)
-        except (gym.error.Error, ImportError) as error:
+        except (gym.error.Error, ImportError, TypeError) as error:
             raise UserError(
-                f"env.id='gymnasium/{name}': {str(error).rstrip('.')}; expected what is registered with gymnasium, if "
-                "need be after the module that registers it (my_package.my_env:MyEnv-v0), which can be imported"
+                f"env.id='gymnasium/{name}': {str(error).rstrip('.')}; expected what is registered with gymnasium, "
+                "with the arguments that it needs (register's kwargs), if need be after the module that registers it "
+                "(my_package.my_env:MyEnv-v0), which can be imported"
             ) from error
         self.id = f"gymnasium/{name}"
         spaces = self._env.observation_space
         parts = spaces.spaces if isinstance(spaces, gym.spaces.Dict) else {}
-        self.cameras = tuple(k for k, part in parts.items() if part.dtype == np.uint8 and len(part.shape or ()) == 3)
+        self.cameras = tuple(key for key, part in parts.items() if _is_frame(part))
         state, actions = parts.get("state"), self._env.action_space
         if not self.cameras or state is None or not isinstance(actions, gym.spaces.Box):
             raise UserError(
@@ -79,6 +80,7 @@ class GymnasiumWorld(World):
         # Policies act in [−1, 1]; the environment's own bounds are reached by scaling.
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
         self._low, self._high = actions.low.ravel(), actions.high.ravel()
+        self.metadata = self._env.metadata
         self._frames = 0
         self._over = True
         self._last: LazyObservation | None = None
@@ -162,3 +164,8 @@ class GymnasiumWorld(World):
         }
         self._last = LazyObservation(values, self.cameras, ticket, self.render_ticket)
         return self._last
+
+
+def _is_frame(part: gym.Space[Any]) -> bool:
+    shape = part.shape or ()
+    return part.dtype == np.uint8 and len(shape) == 3 and shape[-1] == 3

@@ -167,9 +167,13 @@ def build_policy(description: Mapping[str, Any], weights: Weights, share: bool =
 
 
 def empty_policy(description: Mapping[str, Any]) -> Policy:
-    """A policy without memory for its weights (on PyTorch's meta device), from its description."""
-    with torch.device("meta"):
-        return policy_class(description["type"]).from_description(description)
+    """A policy without memory for its weights (on PyTorch's meta device), from its description.
+
+    Somebody's own has memory: it may keep tensors that are no weights, and nobody would fill them.
+    """
+    kind = str(description["type"])
+    with torch.device("cpu" if ":" in kind else "meta"):
+        return policy_class(kind).from_description(description)
 
 
 def policy_class(kind: str) -> type[Policy]:

@@ -77,6 +77,11 @@ class Policy(nn.Module, abc.ABC):
         """Fuse the Euler step; weights may be changed in place later. ``mode`` is one of ``torch.compile``'s."""
         self.velocity = torch.compile(self.velocity, mode=mode, dynamic=False)  # type: ignore[method-assign]
 
+    def without_numbers(self) -> None:
+        """From now on only sizes count, as where fake tensors tell what an update would take: nothing may read a number
+        of a tensor.
+        """
+
     def checkpoint_activations(self) -> None:
         """Compute layers again in the backward pass instead of keeping their activations."""
         raise UserError(f"train.checkpoint_activations: a policy of type {self.kind!r} is too small to need it")

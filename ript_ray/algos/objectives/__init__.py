@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from ript_ray.algos.objectives.advantage_weighted import advantage_weighted
 from ript_ray.algos.objectives.cfg import cfg
 from ript_ray.algos.objectives.draw import Draw, Loss, Objective
@@ -10,7 +12,9 @@ from ript_ray.algos.objectives.fpo import fpo
 from ript_ray.algos.objectives.imitation import imitation
 from ript_ray.algos.objectives.label_dropout import label_dropout
 from ript_ray.algos.objectives.nft import nft
-from ript_ray.config import ObjectiveConfig
+from ript_ray.config import Config, ObjectiveConfig, rules
+from ript_ray.config.learning import OWN, TRAITS, Traits
+from ript_ray.errors import UserError
 from ript_ray.plugins import find_named
 
 __all__ = [
@@ -18,9 +22,9 @@ __all__ = [
     "Draw",
     "Loss",
     "Objective",
-    "compares_with_recording",
-    "compares_with_reference",
+    "check_objective",
     "find_objective",
+    "traits_of",
 ]
 
 OBJECTIVES: dict[str, Objective] = {
@@ -46,14 +50,28 @@ def find_objective(name: str) -> Objective:
     return found
 
 
-def compares_with_reference(settings: ObjectiveConfig) -> bool:
-    """Does the objective ask for the policy before the update? One's own says so by an attribute of this name."""
+def traits_of(settings: ObjectiveConfig) -> Traits:
+    """What the objective does; one's own says so by attributes of the same names.
+
+    Raises:
+        UserError: when there is no such module or function.
+    """
+    objective = find_objective(settings.name)
+    traits = TRAITS.get(settings.name)
+    if traits is None:
+        said = {field.name: getattr(objective, field.name, getattr(OWN, field.name)) for field in fields(Traits)}
+        return Traits(**said)
     hinged = settings.name == "advantage_weighted" and settings.negatives == "hinge"
-    asks = getattr(find_objective(settings.name), "compares_with_reference", False)
-    return hinged or asks or settings.name in ("nft", "fpo")
+    return replace(traits, compares_with_reference=True) if hinged else traits
 
 
-def compares_with_recording(settings: ObjectiveConfig) -> bool:
-    """Does the objective ask for what rollouts recorded of frames as they were? One's own says so likewise."""
-    asks = getattr(find_objective(settings.name), "compares_with_recording", False)
-    return asks or settings.name == "flow_sde"
+def check_objective(config: Config) -> None:
+    """Can it be found, and do the settings suit it? Of built-in ones the configuration has made sure.
+
+    Raises:
+        UserError: when not.
+    """
+    try:
+        rules.check_objective(config, traits_of(config.objective))
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -16,6 +16,9 @@ from PIL import Image
 from ript_ray.data.lerobot.layout import COPY_AGAIN, readable
 from ript_ray.errors import UserError
 
+_PANDAS = "__index_level_"
+"""Begins the name of an index that pandas kept."""
+
 
 class Rows:
     """Rows of a data file; beyond those asked for, one row group is kept in memory.
@@ -38,6 +41,8 @@ class Rows:
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}, which meta/info.json lists; {COPY_AGAIN}")
         for name in sorted(set(names) - set(listed)):
+            if name.startswith(_PANDAS):
+                continue
             raise UserError(f"{path} has a column {name!r}, which meta/info.json does not list; {COPY_AGAIN}")
         self._kept: tuple[int, pa.Table] | None = None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,6 +23,7 @@ class Place:
     episode: int
     length: int
     tasks: tuple[str, ...]
+    """What was to be done in it; empty where the list of episodes does not say."""
     data: Path
     first_row: int
     """In its data file."""
@@ -56,16 +59,18 @@ def _places_v2(info: DatasetInfo, films: list[str]) -> list[Place]:
 
 
 def _places_v3(info: DatasetInfo, films: list[str]) -> list[Place]:
+    """Episodes follow each other through all data files. What the list says of their files and rows is not asked: until
+    2026-02 LeRobot's own converter named the file before for the first episode of a file, and once counted rows anew in
+    each file.
+    """
     places: list[Place] = []
-    starts: dict[Path, int] = {}
+    files, ends = _data_files(info)
+    row = 0
     for path, record in _episode_records(info, films):
         episode, length, tasks = _outline(record, path)
-        data = _path(info, info.data_path, **_numbers(record, "data", path))
-        row = entry(record, "dataset_from_index", int, path)
-        # Rows are counted over all files; the first episode of a file starts with the file.
-        first_row = row - starts.setdefault(data, row)
-        if first_row < 0:
-            raise UserError(f"{path}: dataset_from_index of episode {episode} is {row}, before its file; {COPY_AGAIN}")
+        file = min(int(np.searchsorted(ends, row, side="right")), len(files) - 1)
+        data, first_row = files[file], row - (int(ends[file - 1]) if file else 0)
+        row += length
         paths = {}
         for film in films:
             prefix = f"videos/{film}"
@@ -75,8 +80,21 @@ def _places_v3(info: DatasetInfo, films: list[str]) -> list[Place]:
     return places
 
 
+def _data_files(info: DatasetInfo) -> tuple[list[Path], np.ndarray]:
+    """All data files in order, and the number of rows up to the end of each."""
+    _path(info, info.data_path, chunk_index=0, file_index=0)  # a pattern that leads elsewhere is refused
+    files = sorted(info.root.glob(re.sub(r"\{[^}]*\}", "*", str(info.data_path))))
+    if not files:
+        raise UserError(f"{info.root} has no data file {info.data_path}; {COPY_AGAIN}")
+    rows = []
+    for file in files:
+        with readable(file):
+            rows.append(pq.ParquetFile(file).metadata.num_rows)
+    return files, np.cumsum(rows)
+
+
 def _episode_records(info: DatasetInfo, films: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    columns = ["episode_index", "length", "tasks", "dataset_from_index", "data/chunk_index", "data/file_index"]
+    columns = ["episode_index", "length", "tasks"]
     for film in films:
         columns += [f"videos/{film}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
     paths = sorted((info.root / "meta/episodes").glob("*/*.parquet"))
@@ -93,11 +111,18 @@ def _outline(record: Any, path: Path) -> tuple[int, int, tuple[str, ...]]:
     length = entry(record, "length", int, path)
     if length < 1:
         raise UserError(f"{path}: an episode's length is {length}, expected 1 or more; {COPY_AGAIN}")
-    return entry(record, "episode_index", int, path), length, tuple(map(str, entry(record, "tasks", list, path)))
+    tasks = [] if record.get("tasks") is None else entry(record, "tasks", list, path)
+    return entry(record, "episode_index", int, path), length, tuple(map(str, tasks))
 
 
 def _numbers(record: Any, prefix: str, path: Path) -> dict[str, int]:
-    return {name: entry(record, f"{prefix}/{name}", int, path) for name in ("chunk_index", "file_index")}
+    numbers = {}
+    for name in ("chunk_index", "file_index"):
+        value = entry(record, f"{prefix}/{name}", (int, float), path)  # pandas makes floats of integers with gaps
+        if value % 1 != 0:
+            raise UserError(f"{path}: '{prefix}/{name}' is {value}, expected an integer; {COPY_AGAIN}")
+        numbers[name] = int(value)
+    return numbers
 
 
 def _path(info: DatasetInfo, pattern: str | None, **values: object) -> Path:

@@ -129,7 +129,7 @@ class _Reader:
         if len(indices) > 1:
             raise UserError(f"{where} has tasks {indices}, expected one an episode; leave it out: data.leave_out")
         text = self._instructions.get(indices[0])
-        if text is None or text not in place.tasks:
+        if text is None or (place.tasks and text not in place.tasks):
             raise UserError(
                 f"{where} has task_index {indices[0]}, which is {text!r}, but the list of episodes says "
                 f"{list(place.tasks)}; {COPY_AGAIN}"

@@ -30,6 +30,8 @@ from ript_ray.data.lerobot.stats import Stats, combine, image_stats, vector_stat
 from ript_ray.errors import UserError, nearest
 from ript_ray.types import Trajectory
 
+FPS = 20
+"""Control steps per second, of LIBERO and where nothing is said."""
 _CHUNK = 1000
 """Files per folder."""
 _EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
@@ -40,7 +42,7 @@ def write_dataset(
     trajectories: Iterable[Trajectory],
     *,
     version: Version = "v3.0",
-    fps: int = 20,
+    fps: int = FPS,
     robot_type: str = "panda",
     keys: Keys = OPENPI_KEYS,
     columns: Collection[Column] = ("success", "policy_version"),

@@ -87,12 +87,14 @@ def adopt(checkpoint: Checkpoint, settings: ConvertConfig) -> Pi0Policy:
             f"{checkpoint.path} was trained with adapt_to_pi_aloha=true: its joints are turned and its grippers scaled "
             "to those of openpi's Aloha, which this project does not do; expected a checkpoint without"
         )
+    settings = settings.model_copy(update={"relative": settings.relative or int(checkpoint.config.get("relative", 0))})
     tokenizer = PromptTokenizer.load(Path(settings.tokenizer) if settings.tokenizer else checkpoint.path)
     _check_words(tokenizer, config)
+    transform = make_transform(config, stats, settings, modes)
     weights = {from_openpi(name): _in_float32(checkpoint.tensors.load(name)) for name in checkpoint.tensors.shapes}
     if config.condition == "embedding":
         weights["condition.weight"] = torch.zeros(2, config.expert.width)
-    description = description_of(config, make_transform(config, stats, settings, modes), tokenizer)
+    description = description_of(config, transform, tokenizer)
     return cast("Pi0Policy", build_policy(description, weights, share=True))
 
 
@@ -124,8 +126,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
             state_dim=action_dim if pi05 else shapes["state_proj.weight"][1],
             vocabulary=shapes["words.weight"][0],
             max_tokens=200 if pi05 else 48,
-            state_in_prompt=pi05 if settings.state_in_prompt is None else settings.state_in_prompt,
-            prompt_states=settings.prompt_states,
+            state_in_prompt=bool(_said(settings.state_in_prompt, found.get("state_in_prompt"), pi05)),
+            prompt_states=_said(settings.prompt_states, found.get("prompt_states")),
             condition=settings.condition,
             vision=vision,
             language=_gemma(shapes, "language.", shapes["words.weight"][1]),
@@ -201,7 +203,11 @@ def export(policy: Pi0Policy, target: Path, asset: str) -> None:
         "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m",
         "precision": str(weights["words.weight"].dtype).removeprefix("torch."),
+        # What openpi's own configuration says in Python, for who converts it back.
         "vision_heads": c.vision.heads,
+        "relative": sum(transform.relative),
+        "state_in_prompt": c.state_in_prompt,
+        "prompt_states": c.prompt_states,
     }
     write_openpi(target, {to_openpi(name): tensor for name, tensor in weights.items()}, config, stats, asset)
     (target / policy.tokenizer.file).write_bytes(policy.tokenizer.content)
@@ -268,6 +274,11 @@ def _stats(checkpoint: Checkpoint, settings: ConvertConfig) -> NormStats:
             "convert.stats=norm_stats.json"
         )
     return stats
+
+
+def _said(*values: Any) -> Any:
+    """The first that says something."""
+    return next((value for value in values if value is not None), None)
 
 
 def _in_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,9 @@ class Pi0Policy(Policy):
         super().__init__()
         self.config, self.transform, self.tokenizer = config, transform, tokenizer
         self.horizon, self.action_dim = config.horizon, config.action_dim
+        self._longest = 0
+        """Every prompt becomes as long, if that is more."""
+        self._without_numbers = False
         self.vision = SiglipVisionModel(_siglip(config.vision))
         # No tensor of checkpoints, hence to be real even where the rest is still without memory.
         places = torch.arange((config.vision.image_size // config.vision.patch) ** 2, device="cpu")
@@ -171,7 +174,7 @@ class Pi0Policy(Policy):
     def conditioned(self, features: _Seen, condition: torch.Tensor) -> _Told:
         times = len(condition) // len(features.state)
         known = features.prefix
-        cache = known.repeat(times) if known is not None else self._prefix(features, condition.tolist())
+        cache = known.repeat(times) if known is not None else self._prefix(features, condition)
         offset = self.condition(condition) if self.config.condition == "embedding" else None
         if self.config.pi05:
             return _Told(cache, offset)
@@ -200,6 +203,13 @@ class Pi0Policy(Policy):
         """Norms and the small projections of states, actions and times; openpi keeps them and two embeddings."""
         return name.startswith(_EXACT) or ("norm." in name and not name.startswith("vision."))
 
+    def compile_step(self, mode: str = "default") -> None:
+        self._longest = self.config.max_tokens  # another length would be another graph
+        super().compile_step(mode)
+
+    def without_numbers(self) -> None:
+        self._without_numbers = True
+
     def checkpoint_activations(self) -> None:
         self.vision.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.language.checkpointing = self.expert.checkpointing = True
@@ -218,21 +228,28 @@ class Pi0Policy(Policy):
             PromptTokenizer.from_json(description["tokenizer"]),
         )
 
-    def _prefix(self, seen: _Seen, conditions: list[int] | None) -> Cache:
-        """Keys and values of images and words: of the B rows, or of the n·B rows of conditions."""
-        rows = len(conditions or seen.state)
+    def _prompts(self, seen: _Seen, conditions: torch.Tensor | None) -> list[list[int]]:
+        """Tokens of the B rows, or of the n·B rows of conditions."""
+        rows = len(seen.state) if conditions is None else len(conditions)
+        if self._without_numbers and (self.config.state_in_prompt or conditions is not None):
+            return [[0] * self.config.max_tokens] * rows
         times = rows // len(seen.state)
         states: list[Any] = [None] * rows
         if self.config.state_in_prompt:
             count = self.config.prompt_states or len(self.transform.state_mean)
             own = seen.state[:, :count].float().cpu().numpy()
             states = list(own) * times
-        advantages = [None] * rows if conditions is None else [ADVANTAGES[c] for c in conditions]
-        prompts = [
+        advantages = [None] * rows if conditions is None else [ADVANTAGES[c] for c in conditions.tolist()]
+        return [
             prompt_tokens(self.tokenizer, *prompt, self.config.max_tokens)
             for prompt in zip(seen.instructions * times, states, advantages, strict=True)
         ]
-        tokens, valid = pad(prompts)
+
+    def _prefix(self, seen: _Seen, conditions: torch.Tensor | None) -> Cache:
+        """Keys and values of images and words: of the B rows, or of the n·B rows of conditions."""
+        prompts = self._prompts(seen, conditions)
+        times = len(prompts) // len(seen.state)
+        tokens, valid = pad(prompts, self._longest)
         note("tokens", tokens)
         device, images = seen.images.device, seen.images.repeat(times, 1, 1)
         # Gemma scales its embeddings, not what the vision tower says.

@@ -66,7 +66,7 @@ class PromptTokenizer:
                     raise UserError(f"{candidate} is no tokeniser ({error}); expected {' or '.join(FILES)}") from error
         raise UserError(
             f"no tokeniser at {path}; expected {' or '.join(FILES)}: openpi's is paligemma_tokenizer.model of "
-            "gs://big_vision"
+            "gs://big_vision; copy it there, or set convert.tokenizer"
         )
 
     @classmethod
@@ -146,10 +146,12 @@ def prompt_tokens(
     return tokens[:limit]
 
 
-def pad(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows of tokens, zeros behind: int64[B, longest]; and where they are valid, bool, or None when all are."""
-    longest = max(map(len, rows))
+def pad(rows: Sequence[list[int]], least: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of tokens, zeros behind: int64[B, longest, or ``least`` if that is more]; and where they are valid, bool, or
+    None when all are of themselves.
+    """
+    longest = max(least, *map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    if all(len(row) == longest for row in rows):
+    if not least and all(len(row) == longest for row in rows):
         return tokens, None
     return tokens, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])

@@ -29,7 +29,7 @@ class Monitor:
 
     It also looks after the job: the coordinator and others are killed when they give no sign of life; and when nothing
     is played or learnt for ``scaling.wait_timeout_s`` a `TimeoutError` is raised in the main thread, whatever that is
-    waiting for. When it ends the coordinator notes nothing more.
+    waiting for, as is what ends the monitor itself. When it ends the coordinator notes nothing more.
 
     Args:
         coordinator: handle of a `Coordinator`.
@@ -74,7 +74,8 @@ class Monitor:
         self._thread.join(timeout=30)
         if not self._thread.is_alive():  # without a handler its signal would end this process
             signal.signal(_INTERRUPT, self._before)
-        self._poll()
+        if self._stalled is None:
+            self._poll()
         with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, or works on
             ray.get(self._coordinator.close.remote(), timeout=_ANSWER_S)
         with contextlib.suppress(OSError):

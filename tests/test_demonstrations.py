@@ -14,6 +14,7 @@ from conftest import make_policy, make_trajectory
 from test_lerobot import complete
 
 import launch
+from learner.sft import train_on_demonstrations
 from ript_ray.config import Config, save_config
 from ript_ray.data.demonstrations import (
     check_same_demonstrations,
@@ -176,6 +177,29 @@ def test_a_policy_to_go_on_with_is_what_it_is(
 ) -> None:
     assert launch.main(["sft", f"sft.init={point_start}", setting, f"run.dir={tmp_path}"]) == 2
     assert f"with sft.init='{point_start}': it is for a new policy" in capsys.readouterr().err
+
+
+def test_demonstrations_of_another_task_are_not_imitated_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_trajectories(tmp_path / "demos.safetensors", [make_trajectory(60)], {})
+    command = ["sft", f"data.demos={tmp_path / 'demos.safetensors'}", f"sft.output={tmp_path / 'policy'}"]
+    assert launch.main([*command, "env.id=libero_object/3", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "is of libero_object/0; expected demonstrations of env.id='libero_object/3'" in capsys.readouterr().err
+
+
+def test_imitation_teaches_no_condition_and_hurries_none(point_start: Path) -> None:
+    def learnt(**train: float) -> dict[str, torch.Tensor]:
+        settings = {
+            "env": {"id": POINT_REACH, "image_size": 32},
+            "data": {"demos": str(point_start / "../demos.safetensors"), "tail": "pad"},
+            "sft": {"steps": 3},
+            "train": {"batch_size": 8, "micro_batch": 8, **train},
+        }
+        return train_on_demonstrations(Config.model_validate(settings), lambda step, loss: None)[0].state_dict()
+
+    usual, hurried = learnt(), learnt(condition_lr=100.0)
+    assert all(usual[name].equal(hurried[name]) for name in usual)
 
 
 def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -129,6 +130,63 @@ class Breaker:
 
     def collect(self, *_: Any) -> tuple[None, None]:
         raise ValueError("broken")
+
+
+@ray.remote(num_cpus=0)
+class Quick:
+    """Plays at once; what is wrong with the world is the user's mistake."""
+
+    def __init__(self, played: EpisodeReport, mistake: str = "") -> None:
+        self._played, self._mistake = played, mistake
+
+    def awake(self) -> str:
+        return ""
+
+    def collect(self, context: Context, *_: Any) -> tuple[EpisodeReport, str]:
+        if self._mistake:
+            raise UserError(self._mistake)
+        return dataclasses.replace(self._played, context=context), "a trajectory"
+
+
+def test_what_had_finished_when_nobody_looked_did_not_hang(tmp_path: Path) -> None:
+    actors = [Quick.remote(report(FINE)) for _ in range(3)]
+    ray.get([actor.awake.remote() for actor in actors], timeout=60)
+    dispatcher = Dispatcher(actors, ScalingConfig(episode_timeout_s=2.0), Journal(tmp_path))
+    for seed in range(3):
+        dispatcher.submit(Episode(-1, Context("libero_object/0", 25, seed), guidance=1.0))
+    time.sleep(4.0)  # as a coordinator that waits for weights
+    outcomes = [dispatcher.next() for _ in range(3)]
+    assert all(outcome is not None and outcome.report is not None for outcome in outcomes)
+    assert dispatcher.errors == []
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_a_users_mistake_is_told_and_not_tried_again(tmp_path: Path) -> None:
+    actor = Quick.remote(report(FINE), "env.id=mine: step() returned no info['success']")
+    dispatcher = Dispatcher([actor], ScalingConfig(), Journal(tmp_path))
+    dispatcher.submit(Episode(-1, FINE, guidance=1.0))
+    with pytest.raises(UserError, match=r"^env\.id=mine: step\(\) returned no info"):
+        dispatcher.next()
+    assert dispatcher.errors == []
+    ray.kill(actor)
+
+
+def test_a_run_that_ended_since_nothing_could_be_played_goes_on_once_that_is_mended(tmp_path: Path) -> None:
+    config = Config.model_validate({"eval": {"episodes": 4}})
+
+    def evaluated(actor: Any) -> list[bool | None]:
+        coordinator = Coordinator.remote(config, [actor], None, None, tmp_path)
+        try:
+            return ray.get(coordinator.evaluate.remote("evaluating"), timeout=120)["results"]["held_out"]
+        finally:
+            for handle in (coordinator, actor):
+                ray.kill(handle)
+
+    with pytest.raises(RuntimeError, match="the environments of all tasks fail again and again"):
+        evaluated(Breaker.remote())
+    results = evaluated(Quick.remote(report(FINE)))
+    assert results == [None, None, True, True]  # two had been set aside before the third was too much
 
 
 @pytest.mark.parametrize("wanted", [True, False])

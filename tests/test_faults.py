@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -284,12 +285,12 @@ def test_frames_for_training_are_made_once_and_only_for_what_is_drawn(armed: Pat
     ray.get(coordinator.run.remote(), timeout=120)
     shard = ray.get(pool.next_shard.remote(0, 0, 1, 5.0))
     assert len({tuple(window) for window in shard.windows.tolist()}) == 20
-    keys = [key for batch in shard.rendered for key in batch.keys]
+    keys = [key for batch in shard.rendered for key in batch.job.keys]
     seen = {i: set(ray.get(reference).frame_steps.tolist()) for i, reference in shard.trajectories.items()}
     expected = {(i, start) for i, start in map(tuple, shard.windows.tolist()) if start not in seen[i]}
     assert len(keys) == len(set(keys))
     assert set(keys) == expected
-    rendered = RenderedFrames(shard.rendered, timeout_s=30)
+    rendered = RenderedFrames(shard.rendered, coordinator, timeout_s=30)
     trajectories = {i: ray.get(reference) for i, reference in shard.trajectories.items()}
     used = [
         batch
@@ -302,6 +303,28 @@ def test_frames_for_training_are_made_once_and_only_for_what_is_drawn(armed: Pat
     for (i, step), frames in rendered.items():
         np.testing.assert_array_equal(frames[0], trajectories[i].tickets["view"][step])
     for handle in (actor, pool, coordinator):
+        ray.kill(handle)
+
+
+def test_frames_that_are_lost_with_an_actor_are_made_by_another(armed: Path) -> None:
+    from learner.loop import RenderedFrames
+
+    config = point_config(HEALTHY)
+    data = config.data.model_copy(update={"windows": "all", "distinct": 12, "tail": "pad"})
+    config = config.model_copy(update={"data": data})
+    gone, other, pool = start_actor(config), start_actor(config), SamplePool.remote(config)
+    coordinator = Coordinator.remote(config, [gone, other], pool, ray.get_actor("Weights"))
+    ray.get(coordinator.run.remote(), timeout=120)
+    shard = ray.get(pool.next_shard.remote(0, 0, 1, 5.0))
+    made = RenderedFrames(shard.rendered, coordinator, timeout_s=60)
+    expected = {key: made[key] for batch in shard.rendered for key in batch.job.keys}
+    ray.kill(gone, no_restart=True)
+    lost = [dataclasses.replace(batch, reference=[gone.render.remote(batch.job)]) for batch in shard.rendered]
+    again = RenderedFrames(lost, coordinator, timeout_s=60)
+    assert expected
+    for key, frame in expected.items():
+        np.testing.assert_array_equal(again[key], frame)
+    for handle in (other, pool, coordinator):
         ray.kill(handle)
 
 

@@ -38,6 +38,20 @@ class Worker:
         """As the coordinator has it."""
 
 
+@ray.remote(num_cpus=0, max_concurrency=2)
+class Babbler:
+    """Says what nobody can show."""
+
+    def work(self) -> None:
+        time.sleep(600)
+
+    def progress(self, seen: int) -> dict[str, Any]:
+        return {"rows": []}
+
+    def close(self) -> None:
+        """As the coordinator has it."""
+
+
 def test_only_the_one_that_hangs_is_killed() -> None:
     busy, slow, hung = Worker.remote(), Worker.remote(12.0), Worker.remote()
     working = busy.work.remote()
@@ -75,3 +89,12 @@ def test_a_job_that_stands_still_is_told_so_whatever_it_waits_for() -> None:
         ray.get(worker.work.remote(), timeout=120)
     assert time.monotonic() - started < 60
     ray.kill(worker)
+
+
+def test_a_job_does_not_go_on_without_its_monitor() -> None:
+    babbler = Babbler.remote()
+    started = time.monotonic()
+    with pytest.raises(KeyError, match="stage"), Monitor(babbler, ScalingConfig()):
+        ray.get(babbler.work.remote(), timeout=120)
+    assert time.monotonic() - started < 60
+    ray.kill(babbler)

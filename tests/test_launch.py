@@ -16,7 +16,7 @@ import torch
 
 from cluster.doctor import examine_rendering
 from launch import default_config, main
-from ript_ray.config import load_config
+from ript_ray.config import Config, load_config, save_config
 from ript_ray.policies.checkpoints import load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +81,17 @@ def test_a_submitted_job_must_not_write_into_its_own_folder(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray does for the job's driver
     assert main(["train", "run.dir=runs/first"]) == 2
     assert "run.dir='runs/first': a job's own folder is deleted when it ends" in capsys.readouterr().err
+
+
+def test_a_damaged_journal_is_named_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(Config(), tmp_path / "config.yaml")
+    (tmp_path / "journal.jsonl").write_text(
+        '{"kind": "session", "time": 0}\n{"kind": \n{"kind": "opened", "time": 1}\n'
+    )
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'journal.jsonl'}" in said
+    assert "line 2" in said
 
 
 def test_a_python_without_the_packages_is_told_what_to_run() -> None:

@@ -21,7 +21,7 @@ from ript_ray.config import Config, save_config
 from ript_ray.errors import UserError
 from ript_ray.evaluation import success_summary
 from ript_ray.report import MAX_POINTS, curve, report_html, report_json, write_report
-from ript_ray.runs import Run, compare_runs, difference_interval, settings_tried
+from ript_ray.runs import Run, compare_runs, difference_interval, policy_that_played, settings_tried
 
 
 def write_run(
@@ -94,6 +94,13 @@ def test_the_page_of_a_long_run_is_small_and_asks_nobody_else(tmp_path: Path) ->
     # The one address in it is the name of a format, which nobody fetches.
     assert set(re.findall(r"https?://[^\"'\s]+", page)) == {"http://www.w3.org/2000/svg"}
     assert page.count("</script>") == 1  # that in the fault's text is escaped
+
+
+def test_an_evaluation_was_played_by_the_policy_that_it_names(tmp_path: Path) -> None:
+    settings = Config.model_validate({"policy": {"checkpoint": str(tmp_path / "mine")}})
+    save_config(settings, tmp_path / "config.yaml")
+    assert policy_that_played(tmp_path / "episodes/000000.safetensors", 0) == tmp_path / "mine"
+    assert policy_that_played(tmp_path / "nothing/episodes/000000.safetensors", 0) is None
 
 
 def test_the_settings_that_were_tried_are_counted(tmp_path: Path) -> None:

@@ -242,6 +242,9 @@ def test_a_killed_run_ends_as_if_it_had_never_been(checkpoint: Path, undisturbed
     numbers = [entry["number"] for entry in read_journal(elsewhere) if entry["kind"] == "played"]
     assert sorted(numbers) == list(range(summary["episodes"]))  # each once
     assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()
+    (tmp_path / "stored/summary.json").unlink()  # as if the last copies had failed
+    assert launch.main(["train", *command, f"run.dir={elsewhere}", "run.resume=true"]) == 0
+    assert (tmp_path / "stored/summary.json").read_bytes() == (elsewhere / "summary.json").read_bytes()
     kept = sorted({summary["best"]["update"], 2, 3})  # the newest two, and the best
     for place in (undisturbed, elsewhere, tmp_path / "stored"):
         assert sorted(path.name for path in (place / "checkpoints").iterdir()) == [f"{update:04d}" for update in kept]

@@ -66,11 +66,32 @@ def test_rows_of_a_resumed_run_are_logged_once(tmp_path: Path) -> None:
         with tracking(None, run, "here", {}) as tracker:
             tracker({"update": 1, "rollout/success_rate": 0.25})
             tracker({"update": 1, "learner/loss": 0.5})
+        (run / "journal.jsonl").touch()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert found.info.status == "FINISHED"
     for name in ("rollout/success_rate", "learner/loss"):
         assert len(client.get_metric_history(found.info.run_id, name)) == 1
+
+
+def test_another_attempt_and_a_run_that_was_deleted_begin_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def begun(lr: float) -> str:
+        with tracking(None, run, "here", {"train": {"lr": lr}}):
+            return (run / "mlflow-run").read_text().strip()
+
+    first, second = begun(0.1), begun(0.2)  # the first was stopped before anything was played
+    (run / "journal.jsonl").touch()
+    assert begun(0.2) == second != first
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_run(second).data.params == {"train.lr": "0.2"}
+    client.delete_run(second)
+    third = begun(0.2)
+    assert third != second
+    (run / "mlflow-run").write_text("")  # the disk was full
+    assert begun(0.2) not in ("", third)
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

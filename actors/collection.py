@@ -10,7 +10,7 @@ import numpy as np
 from actors.dispatcher import Outcome
 from ript_ray.algos.sampling import Group
 from ript_ray.config import SamplingConfig
-from ript_ray.evaluation import summary_by_start
+from ript_ray.evaluation import success_row
 from ript_ray.types import Start
 
 
@@ -76,7 +76,7 @@ class Collection:
     def metrics(self, seconds: float) -> dict[str, float]:
         """A row of metrics: success with its 95 % interval, in all and of each task; groups, seconds."""
         row = {
-            **_success("rollout", [result for results in self.results.values() for result in results]),
+            **success_row("rollout", [result for results in self.results.values() for result in results]),
             "rollout/groups_accepted": self.accepted,
             "rollout/groups_rejected": self.all_failed + self.all_succeeded,
             "rollout/groups_all_failed": self.all_failed,
@@ -86,17 +86,5 @@ class Collection:
             "rollout/seconds": seconds,
         }
         for task, results in sorted(self.results.items()):
-            row |= _success(f"task/{task}", results)
+            row |= success_row(f"task/{task}", results)
         return row
-
-
-def _success(section: str, results: list[tuple[bool, Start]]) -> dict[str, float]:
-    summary = summary_by_start(results)
-    low, high = summary["ci95"]
-    return {
-        f"{section}/success_rate": summary["rate"] or 0.0,
-        f"{section}/success_low": low,
-        f"{section}/success_high": high,
-        f"{section}/episodes": summary["episodes"],
-        f"{section}/effective_episodes": summary["effective_episodes"],
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from ript_ray.envs import World, make
 from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.rendering import choose, describe_renderer
 from ript_ray.footprint import check_gpu_share
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.checkpoints import empty_policy
-from ript_ray.policies.exploration import Exploration, acting_settings
 from ript_ray.policies.starting import check_world
 from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 from ript_ray.watchdog import Watchdog
@@ -86,22 +87,14 @@ class RolloutActor:
 
         if self._policy is None:
             raise RuntimeError("this actor was started without a weight store")
+        acting = Acting.of(self._config.policy, guidance, exploring)
         try:
             world = self._enter(context.env_id)
             frames = world.frames_rendered
             started = time.perf_counter()
             policy = self._policy.pull()
             waited = time.perf_counter() - started
-            trajectory = play(
-                world,
-                policy,
-                context,
-                policy_version=self._policy.version,
-                execute=self._config.policy.execute,
-                denoise_steps=self._config.policy.denoise_steps,
-                guidance=guidance,
-                explore=Exploration.of(self._config.policy) if exploring else None,
-            )
+            trajectory = play(world, policy, context, acting, policy_version=self._policy.version)
         except OSError as error:
             if isinstance(error, ray.exceptions.RayError):
                 raise
@@ -116,8 +109,7 @@ class RolloutActor:
         trajectory.frames_rendered = world.frames_rendered - frames
         if file is not None and home is not None:  # before anyone hears of it: what is finished is not lost
             with home.writing(file) as place:
-                acting = acting_settings(self._config.policy, guidance, exploring)
-                save_episode(place, EpisodeRecord.of(trajectory, world.max_steps, acting), trajectory)
+                save_episode(place, EpisodeRecord.of(trajectory, world.max_steps, asdict(acting)), trajectory)
         return EpisodeReport.of(trajectory, waited), trajectory
 
     def render(self, job: FrameJob) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.envs import World, make
 from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.rendering import choose, describe_renderer
-from ript_ray.evaluation import before_and_after, evaluation_contexts, summary_by_start
+from ript_ray.evaluation import before_and_after, evaluation_contexts, success_row
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.checkpoints import (
     build_policy,
     cpu_weights,
@@ -38,7 +39,6 @@ from ript_ray.policies.checkpoints import (
     save_policy,
     to_publish,
 )
-from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.starting import check_world
 from ript_ray.reporting import progress_bar, versions
@@ -46,14 +46,13 @@ from ript_ray.rollout import play, render_steps
 from ript_ray.types import Context, EpisodeReport, Start, Trajectory
 
 
-def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]:
     """Collect, learn, again and again; evaluate on held-out states before and after.
 
     Args:
         config: the whole configuration; ``train.mode=sync``.
         policy: the starting policy.
         run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and ``final/``.
-        say: told each step in a line.
 
     Returns:
         What goes into ``summary.json``.
@@ -62,7 +61,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     learner = _Learner(config, policy)
     player = Player(config, policy)
     base = player.evaluate()
-    say(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
+    print(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
     samples = _Samples(config)
     sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
     groups = {"accepted": 0, "rejected": 0}
@@ -79,17 +78,17 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             sampler.record(group, outcomes)
             if samples.add(group, rollouts, outcomes):
                 accepted.append(group.id)
-            say(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
+            print(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
         played[player.version] = results
-        success = summary_by_start(results)
+        success = success_row("rollout", results)
         seconds["rollout"] += learning_began - rollouts_began
         rejected = len(results) // config.sampling.group_size - len(accepted)
         groups["accepted"] += len(accepted)
         groups["rejected"] += rejected
         goal = config.train.stop_at
-        if goal is not None and success["ci95"][0] >= goal:
-            say(f"train.stop_at={goal:g} is reached")
+        if goal is not None and success["rollout/success_low"] >= goal:
+            print(f"train.stop_at={goal:g} is reached")
             break
         samples.drop_older_than(step - config.train.max_staleness)
         acting, diagnostics = learner.learn(step, samples, player)
@@ -98,9 +97,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
             best = best_in_rollouts(played)
             prune_checkpoints(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
         player.adopt(acting, step + 1)
-        row = {"update": step + 1, "rollout/success_rate": success["rate"], "rollout/episodes": len(results)}
-        row |= {"rollout/effective_episodes": success["effective_episodes"]}
-        row |= dict(zip(("rollout/success_low", "rollout/success_high"), success["ci95"], strict=True))
+        row: dict[str, float] = {"update": step + 1, **success}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/skipped_states": float(sampler.skipped)}
         row |= {"rollout/seconds": learning_began - rollouts_began}
@@ -108,7 +105,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
         seconds["learner_busy"] += row["learner/busy_s"]
         row |= {f"learner/{name}": value for name, value in diagnostics.items()}
         append_json_line(run_dir / "metrics.jsonl", {"time": time.time()} | row)
-        say(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     updates = player.version
     compared = candidates(updates, best_in_rollouts(played), config.train.candidates, checkpoints)
 
@@ -123,7 +120,7 @@ def train_alone(config: Config, policy: Policy, run_dir: Path, say: Callable[[st
     ending = policy_after(chosen["update"])
     save_policy(run_dir / "final", ending, about={"update": chosen["update"]})
     player.adopt(ending, chosen["update"])
-    say(f"update {chosen['update']} is kept")
+    print(f"update {chosen['update']} is kept")
     final, contexts = player.evaluate(), evaluation_contexts(config)
     # The learner has nothing to do while rollouts are played.
     seconds |= {"learner_idle": seconds["rollout"], "total": time.perf_counter() - began}
@@ -277,17 +274,9 @@ class Player:
 
     def _play(self, context: Context, guidance: float, exploring: bool) -> Trajectory:
         torch.set_num_threads(1)
-        acting = self._config.policy
-        trajectory = play(
-            self._enter(context.env_id),
-            self.policy,
-            context,
-            policy_version=self.version,
-            execute=acting.execute,
-            denoise_steps=acting.denoise_steps,
-            guidance=guidance,
-            explore=Exploration.of(acting) if exploring else None,
-        )
+        acting = Acting.of(self._config.policy, guidance, exploring)
+        world = self._enter(context.env_id)
+        trajectory = play(world, self.policy, context, acting, policy_version=self.version)
         self.episodes += 1
         self.env_steps += len(trajectory)
         return trajectory

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ript_ray.errors import UserError
-from ript_ray.evaluation import paired_p_value, success_summary, summary_by_start, wilson_interval
+from ript_ray.evaluation import Success, paired_p_value, success_summary, summary_by_start, wilson_interval
 from ript_ray.policies.checkpoints import load_policy
 
 log = logging.getLogger("ript_ray")
@@ -145,6 +145,6 @@ def _rate(results: Sequence[bool | None]) -> float:
     return _summary(results)["rate"] or 0.0
 
 
-def _summary(results: Sequence[bool | None]) -> dict[str, Any]:
+def _summary(results: Sequence[bool | None]) -> Success:
     """`success_summary` without those whose environment failed."""
     return success_summary([result for result in results if result is not None])

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ript_ray.config import PolicyConfig
 from ript_ray.data.storage import load_episode
 from ript_ray.envs import make
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.compare import Stages, save_stages
-from ript_ray.policies.exploration import Exploration
 from ript_ray.policies.policy import Policy
 from ript_ray.policies.stages import recording
 from ript_ray.reporting import write_json
@@ -62,7 +61,7 @@ class Dissection:
         )
 
 
-def dissect(file: Path, policy: Policy, acting: PolicyConfig) -> Dissection:
+def dissect(file: Path, policy: Policy, acting: Acting) -> Dissection:
     """Play a recorded episode's context again with a policy, and keep all that it computes.
 
     Args:
@@ -76,16 +75,7 @@ def dissect(file: Path, policy: Policy, acting: PolicyConfig) -> Dissection:
     record, _ = load_episode(file)
     env = make(record.context.env_id, image_size=record.image_size, max_steps=record.max_steps)
     with recording() as stages:
-        trajectory = play(
-            env,
-            policy,
-            record.context,
-            policy_version=record.policy_version,
-            execute=acting.execute,
-            denoise_steps=acting.denoise_steps,
-            guidance=acting.guidance,
-            explore=Exploration.of(acting),
-        )
+        trajectory = play(env, policy, record.context, acting, policy_version=record.policy_version)
     mirrored = env.frames_are_mirrored
     env.close()
     looks: list[Stages] = []

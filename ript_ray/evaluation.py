@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from ript_ray.config import Config
 from ript_ray.envs.tasks import SHIFTED, SHIFTS
@@ -60,8 +60,21 @@ def wilson_interval(successes: float, episodes: float, z: float = 1.959964) -> t
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
-def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """``successes``, ``episodes``, ``effective_episodes``, ``rate`` and ``ci95`` of a list of outcomes.
+class Success(TypedDict):
+    """A success rate, as files have it."""
+
+    successes: int
+    episodes: int
+    effective_episodes: float
+    """So many independent ones tell as much."""
+    rate: float | None
+    """None where there were no episodes."""
+    ci95: list[float]
+    """Lower and upper end of the 95 % interval."""
+
+
+def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None = None) -> Success:
+    """The success rate of a list of outcomes.
 
     Args:
         results: the outcomes.
@@ -79,9 +92,22 @@ def success_summary(results: Sequence[bool], starts: Sequence[Hashable] | None =
     }
 
 
-def summary_by_start(results: Sequence[tuple[bool, Hashable]]) -> dict[str, Any]:
+def summary_by_start(results: Sequence[tuple[bool, Hashable]]) -> Success:
     """`success_summary` of outcomes, each with its start."""
     return success_summary([success for success, _ in results], [start for _, start in results])
+
+
+def success_row(section: str, results: Sequence[tuple[bool, Hashable]]) -> dict[str, float]:
+    """The same as columns of a row of metrics, which begin with ``section``; a rate of 0 where nothing was played."""
+    summary = summary_by_start(results)
+    low, high = summary["ci95"]
+    return {
+        f"{section}/success_rate": summary["rate"] or 0.0,
+        f"{section}/success_low": low,
+        f"{section}/success_high": high,
+        f"{section}/episodes": summary["episodes"],
+        f"{section}/effective_episodes": summary["effective_episodes"],
+    }
 
 
 def effective_episodes(results: Sequence[bool], starts: Sequence[Hashable]) -> float:

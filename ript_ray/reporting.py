@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def plot_success(file: Path, summary: dict[str, Any], rows: list[dict[str, Any]]
     kept = summary.get("chosen", {"update": updates})["update"]
     for at, name, colour in ((0, "base", "tab:orange"), (kept, "final", "tab:blue")):
         result = held_out.get(name)
-        if result:
+        if result and result["episodes"]:
             low_, high_ = result["ci95"]
             axes.errorbar(
                 [at],
@@ -108,7 +109,7 @@ def write_video(file: Path, frames: np.ndarray, frames_per_second: float) -> Non
     iio.imwrite(file, frames, fps=frames_per_second, macro_block_size=16)
 
 
-def describe_rate(result: dict[str, Any]) -> str:
+def describe_rate(result: Mapping[str, Any]) -> str:
     """A success rate with its counts and its interval."""
     if not result["episodes"]:
         return "not measured"

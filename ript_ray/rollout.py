@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ript_ray.envs.world import LazyObservation, World
-from ript_ray.policies.exploration import Exploration
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.integration import ChainStep, Explore
 from ript_ray.policies.policy import Policy
 from ript_ray.types import Context, Trajectory
@@ -80,40 +80,32 @@ class Recorder:
         )
 
 
-def play(
-    env: World,
-    policy: Policy,
-    context: Context,
-    *,
-    policy_version: int,
-    execute: int,
-    denoise_steps: int,
-    guidance: float,
-    explore: Exploration | None = None,
-) -> Trajectory:
+def play(env: World, policy: Policy, context: Context, acting: Acting, *, policy_version: int) -> Trajectory:
     """Run one episode with a policy.
 
-    The policy looks once per chunk and executes its first ``execute`` actions. Its noise depends on the context and
-    the position in the episode alone, so two policies can be compared on the same draws. With ``explore`` it tries
-    more; stochastic steps, and actions with their noise, are recorded.
+    The policy looks once per chunk and executes its first actions. Its noise depends on the context and the position in
+    the episode alone, so two policies can be compared on the same draws. Stochastic steps are recorded, and actions
+    with their noise.
     """
-    explore = explore or Exploration()
+    execute = acting.execute
     observation, _ = env.reset(**context.reset_arguments())
     recorder = Recorder(env, context)
     generator = torch.Generator().manual_seed(context.seed)
     device = next(policy.parameters()).device
     shape = (1, policy.horizon, policy.action_dim)
     real = len(policy.transform.action_mean)
-    stochastic = Explore(explore.level, execute, generator, real) if explore.level > 0 else None
+    stochastic = Explore(acting.explore, execute, generator, real) if acting.explore > 0 else None
     # The last chunk may be cut short by the step limit.
-    disturbance = explore.draw(env.max_steps + execute, env.action_dim, context.seed)
+    disturbance = acting.noise(env.max_steps + execute, env.action_dim, context.seed)
     success = over = False
     while not over:
         frames = torch.from_numpy(recorder.look(observation))[None].to(device)
         started = time.perf_counter()
         state = torch.from_numpy(observation["state"])[None].to(device)
         noise = torch.randn(shape, generator=generator).to(device)
-        chunk, chain = policy.act(frames, state, [env.instruction], noise, guidance, denoise_steps, stochastic)
+        chunk, chain = policy.act(
+            frames, state, [env.instruction], noise, acting.guidance, acting.denoise_steps, stochastic
+        )
         now = env.elapsed_steps
         meant = chunk[0, :execute].cpu().numpy()
         actions = np.clip(meant + disturbance[now : now + len(meant)], -1.0, 1.0)

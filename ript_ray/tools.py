@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,17 @@ def dissect(file: str, config: Config, asked: Collection[str] = ()) -> dict[str,
 
     from ript_ray.data.storage import load_episode
     from ript_ray.dissect import dissect, write_dissection
+    from ript_ray.policies.acting import Acting
     from ript_ray.policies.checkpoints import load_policy
     from ript_ray.runs import policy_that_played
 
     torch.set_num_threads(1)  # as rollout actors: more threads add in another order, and the last bits differ
     record, _ = load_episode(Path(file))
-    known = {key: value for key, value in record.acting.items() if f"policy.{key}" not in asked}
+    known: dict[str, Any] = {key: value for key, value in record.acting.items() if f"policy.{key}" not in asked}
     found = None if "policy.checkpoint" in asked else policy_that_played(Path(file), record.policy_version)
     policy = found or resolve(config.policy.checkpoint)
-    result = dissect(Path(file), load_policy(policy), config.policy.model_copy(update=known))
+    acting = replace(Acting.of(config.policy, config.policy.guidance, exploring=True), **known)
+    result = dissect(Path(file), load_policy(policy), acting)
     folder = Path(file).with_suffix(".looks")
     write_dissection(folder, result)
     print(f"{result.describe()}\n  played by {policy}; images and numbers in {folder}")

@@ -15,6 +15,7 @@ from ript_ray.data.demonstrator import demonstrate
 from ript_ray.data.storage import load_trajectories
 from ript_ray.envs import make
 from ript_ray.evaluation import evaluation_contexts
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, weights_sha256
 from ript_ray.rollout import play
 
@@ -50,6 +51,13 @@ def test_an_update_without_samples_leaves_the_policy_as_it_is(point_start: Path,
     learnt, kept = (load_policy(run / "checkpoints" / name) for name in ("0001", "0002"))
     assert weights_sha256(cpu_weights(kept)) == weights_sha256(cpu_weights(learnt))
     assert weights_sha256(cpu_weights(kept)) != weights_sha256(cpu_weights(load_policy(point_start)))
+
+
+def test_an_update_may_end_before_anything_was_played(point_start: Path, tmp_path: Path) -> None:
+    settings = [*SETTINGS, f"policy.checkpoint={point_start}", "scaling.ray=false", "train.updates=1"]
+    assert main(["train", *settings, "sampling.max_seconds=1.0e-9", f"run.dir={tmp_path / 'run'}"]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert (row["rollout/episodes"], row["rollout/success_rate"], row["learner/steps"]) == (0, 0.0, 0.0)
 
 
 def test_a_run_without_ray_tells_its_story(
@@ -104,7 +112,7 @@ def test_demonstrations_and_evaluation_need_no_ray(
     policy = load_policy(point_start)
     contexts = evaluation_contexts(load_config(None, settings))["held_out"]
     expected = [
-        play(world, policy, context, policy_version=0, execute=5, denoise_steps=10, guidance=1.0).success
+        play(world, policy, context, Acting(5, 10, guidance=1.0), policy_version=0).success
         for context in reversed(contexts)
     ]
     assert played["results"] == {"held_out": expected[::-1]}

@@ -112,13 +112,14 @@ def test_the_expert_succeeds_and_frames_can_be_completed_later(env) -> None:  # 
 def test_a_policy_plays_the_same_episode_twice_and_looks_once_per_chunk() -> None:
     from conftest import make_policy
 
+    from ript_ray.policies.acting import Acting
     from ript_ray.rollout import play
     from ript_ray.types import Context
 
     env = make("libero_object/0", image_size=32, max_steps=25)
     policy = make_policy(image_size=32)
     runs = [
-        play(env, policy, Context("libero_object/0", 4, 9), policy_version=3, execute=10, denoise_steps=2, guidance=w)
+        play(env, policy, Context("libero_object/0", 4, 9), Acting(10, 2, guidance=w), policy_version=3)
         for w in (1.0, 1.0, 2.0)
     ]
     assert len(runs[0]) == 25

@@ -20,6 +20,7 @@ from ript_ray.envs import make
 from ript_ray.envs.gymnasium_world import GymnasiumWorld
 from ript_ray.envs.tasks import ROBOSUITE_TASKS
 from ript_ray.errors import UserError
+from ript_ray.policies.acting import Acting
 from ript_ray.policies.starting import check_world
 from ript_ray.policies.transform import Transform
 from ript_ray.replay import replay_episode
@@ -237,15 +238,7 @@ def test_an_episode_is_dissected_into_what_was_seen_thought_and_done(tmp_path: P
 
     env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=12)
     policy = load_policy(point_start)
-    played = play(
-        env,
-        policy,
-        Context(env.id, 4, 9),
-        policy_version=0,
-        execute=5,
-        denoise_steps=3,
-        guidance=2.0,
-    )
+    played = play(env, policy, Context(env.id, 4, 9), Acting(5, 3, guidance=2.0), policy_version=0)
     file = tmp_path / "e.safetensors"
     save_episode(file, EpisodeRecord.of(played, 12))
     settings = [f"policy.checkpoint={point_start}", "policy.execute=5", "policy.denoise_steps=3"]
@@ -281,8 +274,7 @@ def test_a_libero_episode_replays_to_the_bit(tmp_path: Path) -> None:
 
     env = make("libero_object/1", image_size=32, max_steps=12)
     context = Context(env.id, init_state=2, seed=77)
-    settings = {"policy_version": 0, "execute": 5, "denoise_steps": 2, "guidance": 1.0}
-    trajectory = play(env, make_policy(), context, **settings)
+    trajectory = play(env, make_policy(), context, Acting(5, 2, guidance=1.0), policy_version=0)
     env.close()
     save_episode(tmp_path / "e.safetensors", EpisodeRecord.of(trajectory, 12))
     result, frames = replay_episode(tmp_path / "e.safetensors")

@@ -1,15 +1,17 @@
-"""What rollouts try besides what the policy would do."""
+"""How a policy acts, and what rollouts try besides."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ript_ray.config import PolicyConfig
 from ript_ray.envs import make
+from ript_ray.policies.acting import Acting, coloured_noise
 from ript_ray.policies.checkpoints import load_policy
-from ript_ray.policies.exploration import Exploration, coloured_noise
 from ript_ray.rollout import play
 from ript_ray.types import Context, Trajectory
 
@@ -40,20 +42,26 @@ def test_a_rollout_executes_and_records_the_policy_with_noise(point_start: Path)
     env = make("gymnasium/ript_ray/PointReach-v0", image_size=32, max_steps=7)
     policy = load_policy(point_start)
 
-    def played(explore: Exploration | None, seed: int = 3) -> Trajectory:
-        context = Context(env.id, init_state=1, seed=seed)
-        return play(env, policy, context, policy_version=0, execute=5, denoise_steps=4, guidance=1.0, explore=explore)
+    plainly = Acting(execute=5, denoise_steps=4, guidance=1.0)
+    noisily = dataclasses.replace(plainly, action_noise=0.2, noise_dimensions=1)
 
-    plain, noisy = played(None), played(Exploration(action_noise=0.2, dimensions=1))
-    drawn = Exploration(action_noise=0.2, dimensions=1).draw(7 + 5, env.action_dim, seed=3)
+    def played(acting: Acting) -> Trajectory:
+        return play(env, policy, Context(env.id, init_state=1, seed=3), acting, policy_version=0)
+
+    plain, noisy = played(plainly), played(noisily)
+    drawn = noisily.noise(7 + 5, env.action_dim, seed=3)
     assert not drawn[:, 1:].any()
     assert drawn[:5, 0].any()
     assert len(noisy) == 7  # in the middle of the second chunk
     # Until the second look it has seen the same.
     np.testing.assert_allclose(noisy.actions[:5], np.clip(plain.actions[:5] + drawn[:5], -1.0, 1.0), atol=1e-6)
-    np.testing.assert_array_equal(played(Exploration(action_noise=0.2, dimensions=1)).actions, noisy.actions)
-    np.testing.assert_array_equal(played(Exploration()).actions, plain.actions)
-    assert not np.array_equal(
-        Exploration(action_noise=0.2).draw(30, 3, seed=4), Exploration(action_noise=0.2).draw(30, 3, seed=3)
-    )
+    np.testing.assert_array_equal(played(noisily).actions, noisy.actions)
+    assert not np.array_equal(noisily.noise(30, 3, seed=4), noisily.noise(30, 3, seed=3))
     env.close()
+
+
+def test_evaluation_never_explores() -> None:
+    settings = PolicyConfig(explore=0.5, action_noise=0.1, execute=7)
+    assert Acting.of(settings, 2.0, exploring=False) == Acting(7, settings.denoise_steps, guidance=2.0)
+    rollout = Acting.of(settings, 1.0, exploring=True)
+    assert (rollout.explore, rollout.action_noise, rollout.guidance) == (0.5, 0.1, 1.0)

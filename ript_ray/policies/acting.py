@@ -1,8 +1,8 @@
-"""How rollouts try what the policy would not do by itself; evaluation never does."""
+"""How a policy acts in one episode: rollouts try what it would not do by itself, evaluation never does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,39 +12,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Exploration:
-    """What is random in a rollout besides the noise that the policy starts from."""
+class Acting:
+    """How a policy acts in one episode; what of it is random is the noise that it starts from, and what explores."""
 
-    level: float = 0.0
+    execute: int
+    """So many first actions of each chunk are executed."""
+    denoise_steps: int
+    """Euler steps."""
+    guidance: float
+    explore: float = 0.0
     """Of one stochastic Euler step in each chunk, as Flow-SDE has it; 0 for none."""
     action_noise: float = 0.0
     """Deviation of what is added to actions, in the environment's units; 0 for none."""
-    exponent: float = 1.0
+    noise_exponent: float = 1.0
     """β of its power spectrum 1/f^β over an episode."""
-    dimensions: int = 3
+    noise_dimensions: int = 3
     """So many first action dimensions have it."""
 
     @classmethod
-    def of(cls, acting: PolicyConfig) -> Exploration:
-        """As a configuration has it."""
-        return cls(acting.explore, acting.action_noise, acting.noise_exponent, acting.noise_dimensions)
+    def of(cls, policy: PolicyConfig, guidance: float, exploring: bool) -> Acting:
+        """By the settings of ``policy``, in training or, not exploring, in evaluation."""
+        settings = {field.name: getattr(policy, field.name) for field in fields(cls)} | {"guidance": guidance}
+        return cls(**settings if exploring else settings | {"explore": 0.0, "action_noise": 0.0})
 
-    def draw(self, steps: int, action_dim: int, seed: int) -> np.ndarray:
+    def noise(self, steps: int, action_dim: int, seed: int) -> np.ndarray:
         """What is added to the actions of an episode: float32[steps, action_dim]."""
         noise = np.zeros((steps, action_dim), dtype=np.float32)
-        explored = min(self.dimensions, action_dim)
+        explored = min(self.noise_dimensions, action_dim)
         if self.action_noise > 0:
             rng = np.random.default_rng([seed, 1])
-            noise[:, :explored] = self.action_noise * coloured_noise(steps, explored, self.exponent, rng)
+            noise[:, :explored] = self.action_noise * coloured_noise(steps, explored, self.noise_exponent, rng)
         return noise
-
-
-def acting_settings(policy: PolicyConfig, guidance: float, exploring: bool) -> dict[str, float]:
-    """The settings of ``policy`` by which it acts in one episode, in training or, not exploring, in evaluation."""
-    scales = ("explore", "action_noise")
-    names = ("execute", "denoise_steps", *scales, "noise_exponent", "noise_dimensions")
-    settings = {name: getattr(policy, name) for name in names} | {"guidance": guidance}
-    return settings if exploring else settings | dict.fromkeys(scales, 0.0)
 
 
 def coloured_noise(steps: int, count: int, exponent: float, rng: np.random.Generator) -> np.ndarray:

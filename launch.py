@@ -18,8 +18,7 @@
     python launch.py report RUN_DIR              its page, as one file
     python launch.py replay EPISODE              play a recorded episode again and compare, step by step
     python launch.py dissect EPISODE             what the policy saw, thought and did in it, look by look
-    python launch.py bench env|learner|memory|weights|policy|control|scaling   measured speed, as ratios
-    python launch.py bench objectives            objectives on equal footing
+    python launch.py bench NAME                  a benchmark
 
 Every command takes ``--config FILE``, ``section.key=value`` overrides and ``--json FILE`` for its result.
 """
@@ -432,8 +431,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line says; the exit code is 0, 1 when ``doctor`` finds something, 2 when it cannot be done,
     mostly for a mistake in the input, 130 when it was stopped.
     """
+    from benchmarks import BENCHMARKS
+
     parser = argparse.ArgumentParser(
-        prog="launch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="launch.py",
+        description=__doc__,
+        epilog=f"benchmarks: {', '.join(BENCHMARKS)}",
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("settings", nargs="*", help="section.key=value, and what the command is about")

@@ -17,20 +17,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from ript_ray.algos.advantages import AdvantageCounts, is_kept, leave_one_out
+from ript_ray.algos.advantages import AdvantageCounts, is_kept
 from ript_ray.config import Config
-from ript_ray.data.shards import make_shard, number_demos
-from ript_ray.types import EpisodeReport, Finished, FrameBatch, FrameJob, Shard
+from ript_ray.data.shards import drop_older_than, make_shard, number_demos, samples_of, without_frame
+from ript_ray.types import EpisodeReport, Finished, FrameBatch, FrameJob, Sample, Shard
 
 _FRAMES_PER_JOB = 16
 """Small, so that the first ones arrive soon and all actors share the work."""
-
-
-@dataclass(slots=True)
-class _Sample:
-    report: EpisodeReport
-    reference: Any
-    advantage: float
 
 
 @dataclass(slots=True)
@@ -61,7 +54,7 @@ class SamplePool:
     def __init__(self, config: Config, demos: Sequence[tuple[EpisodeReport, Any]] = ()) -> None:
         self._config = config
         self._demos = number_demos(demos)
-        self._samples: dict[int, _Sample] = {}
+        self._samples: dict[int, Sample] = {}
         self._sealed: dict[int, Shard] = {}
         self._sealing: tuple[Shard, list[tuple[int, int]]]
         """The step that is being sealed, and which of its windows have no frame of their trajectory's own."""
@@ -90,10 +83,8 @@ class SamplePool:
             self._count.rejected += 1
             return False
         self._count.accepted += 1
-        members = zip(reports, references, leave_one_out(rewards), strict=True)
-        for identifier, (report, reference, advantage) in enumerate(members, group * len(reports)):
-            self._samples[identifier] = _Sample(report, reference, float(advantage))
-            self._count.stored_bytes += report.nbytes
+        self._samples |= samples_of(group, reports, references)
+        self._count.stored_bytes += sum(report.nbytes for report in reports)
         return True
 
     async def seal(self, step: int) -> list[FrameJob]:
@@ -104,19 +95,11 @@ class SamplePool:
             said who makes them, at once when there are none.
         """
         self._sweep(step)
-        samples = self._samples.items()
-        shard, self._count.advantages = make_shard(
-            step,
-            {i: sample.report for i, sample in samples},
-            {i: sample.advantage for i, sample in samples},
-            {i: sample.reference for i, sample in samples},
-            self._config,
-            self._demos,
-        )
+        shard, self._count.advantages = make_shard(step, self._samples, self._config, self._demos)
         self._count.windows += len(shard.windows)
         self._count.trained += shard.order.size
-        self._count.staleness.update(step - sample.report.policy_version for _, sample in samples)
-        self._sealing = shard, self._without_frame(shard.windows, shard.order)
+        self._count.staleness.update(step - sample.report.policy_version for sample in self._samples.values())
+        self._sealing = shard, without_frame(shard, self._samples)
         jobs = self._missing_frames(self._sealing[1])
         if not jobs:
             await self.rendering([], [])
@@ -199,19 +182,9 @@ class SamplePool:
         return self._end is not None and step >= self._end
 
     def _sweep(self, step: int) -> None:
-        limit = step - self._config.train.max_staleness
-        for i in [i for i, sample in self._samples.items() if sample.report.policy_version < limit]:
-            del self._samples[i]
-            self._count.stale_dropped += 1
+        self._count.stale_dropped += drop_older_than(self._samples, step - self._config.train.max_staleness)
         self._rendered = {key: batch for key, batch in self._rendered.items() if key[0] in self._samples}
         self._counted = {key for key in self._counted if key[0] in self._samples}
-
-    def _without_frame(self, windows: np.ndarray, order: np.ndarray) -> list[tuple[int, int]]:
-        """Windows without a frame of their trajectory's own, as (trajectory, step), in the order of their first use."""
-        rows, first = np.unique(order, return_index=True)
-        seen = {i: set(sample.report.frame_steps.tolist()) for i, sample in self._samples.items()}
-        keys = [(int(windows[row, 0]), int(windows[row, 1])) for row in rows[np.argsort(first)]]
-        return [(i, start) for i, start in keys if i not in self._demos and start not in seen[i]]
 
     def _missing_frames(self, keys: list[tuple[int, int]]) -> list[FrameJob]:
         missing = [key for key in keys if key not in self._rendered]
@@ -223,7 +196,7 @@ class SamplePool:
             tasks = dict.fromkeys(self._samples[i].report.context.env_id for i in steps)
             for env_id in tasks:
                 parts = tuple(
-                    (i, [self._samples[i].reference], tuple(starts))
+                    (i, [self._samples[i].trajectory], tuple(starts))
                     for i, starts in steps.items()
                     if self._samples[i].report.context.env_id == env_id
                 )

@@ -27,17 +27,17 @@ from actors.weights import WeightStore, publish
 from cluster.session import ResourcePlan, ray_session, spawn, start_actors
 from learner.steps import plan_steps
 from learner.update import update
-from ript_ray.algos.advantages import is_kept, leave_one_out
+from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.objectives import check_objective
 from ript_ray.algos.sampling import ContextSampler, training_starts
 from ript_ray.config import Config, resolve
-from ript_ray.data.shards import make_shard, trained_starts
+from ript_ray.data.shards import make_shard, samples_of, trained_starts
 from ript_ray.errors import UserError, nearest
 from ript_ray.evaluation import evaluation_contexts, success_summary
 from ript_ray.policies.checkpoints import cpu_weights, load_policy, to_publish, weights_sha256
 from ript_ray.policies.policy import Policy
 from ript_ray.reporting import progress_bar, versions, write_json
-from ript_ray.types import Context, EpisodeReport, Trajectory
+from ript_ray.types import Context, EpisodeReport, Sample, Trajectory
 
 LAYOUT = 2
 """Of the file of results: one of another layout is refused, not continued."""
@@ -267,9 +267,11 @@ def _update(learning: Policy, groups: list[_Group], config: Config, seed: int, a
         The policy to act with; None when there was nothing to learn.
     """
     train, objective = config.train, config.objective
-    kept = [group for group in groups if is_kept(group.rewards, objective)]
-    pool = dict(enumerate(t for group in kept for t in group.trajectories))
-    if not pool:
+    kept = [group.trajectories for group in groups if is_kept(group.rewards, objective)]
+    samples: dict[int, Sample] = {}
+    for i, trajectories in enumerate(kept):
+        samples |= samples_of(i, [EpisodeReport.of(trajectory) for trajectory in trajectories], trajectories)
+    if not samples:
         return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nobody plays meanwhile
     # Every objective takes the same number of steps, whatever was rejected.
@@ -278,10 +280,8 @@ def _update(learning: Policy, groups: list[_Group], config: Config, seed: int, a
     every = sum(len(trained_starts(report, data)) for report in played)
     train = train.model_copy(update={"min_steps": max(1, train.epochs * every // train.batch_size)})
     chosen = {"data": data, "train": train, "run": config.run.model_copy(update={"seed": seed})}
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in pool.items()}
-    advantages = dict(enumerate(np.concatenate([leave_one_out(group.rewards) for group in kept]).tolist()))
-    shard, _ = make_shard(0, reports, advantages, pool, config.model_copy(update=chosen))
-    steps = plan_steps(shard, pool, train.micro_batch)
+    shard, _ = make_shard(0, samples, config.model_copy(update=chosen))
+    steps = plan_steps(shard, shard.trajectories, train.micro_batch)
     if not steps:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from learner.steps import plan_steps, update_generator
-from learner.update import update
-from ript_ray.algos.advantages import is_kept, leave_one_out
+from learner.learner import Learner
+from learner.steps import plan_steps
+from ript_ray.algos.advantages import is_kept
 from ript_ray.algos.sampling import ContextSampler, Group, contexts_to_choose_by, training_starts
 from ript_ray.choosing import best_in_rollouts, candidates, choose_update
 from ript_ray.config import Config
 from ript_ray.data.demonstrations import demonstrations_to_show
 from ript_ray.data.lines import append_json_line
-from ript_ray.data.shards import make_shard, number_demos
+from ript_ray.data.shards import drop_older_than, make_shard, number_demos, samples_of, without_frame
 from ript_ray.envs import World, make
 from ript_ray.envs.current import CurrentWorld
 from ript_ray.envs.rendering import choose, describe_renderer
@@ -43,7 +43,7 @@ from ript_ray.policies.policy import Policy
 from ript_ray.policies.starting import check_world
 from ript_ray.reporting import progress_bar, versions
 from ript_ray.rollout import play, render_steps
-from ript_ray.types import Context, EpisodeReport, Start, Trajectory
+from ript_ray.types import Context, EpisodeReport, Sample, Start, Trajectory
 
 
 def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]:
@@ -58,11 +58,12 @@ def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]
         What goes into ``summary.json``.
     """
     began = time.perf_counter()
-    learner = _Learner(config, policy)
+    learner = Learner(config, policy.describe(), cpu_weights(policy))
+    demos = number_demos([(EpisodeReport.of(demo), demo) for demo in demonstrations_to_show(config, policy)])
     player = Player(config, policy)
     base = player.evaluate()
     print(f"before: {sum(base['held_out'])}/{len(base['held_out'])}" if "held_out" in base else "before: not evaluated")
-    samples = _Samples(config)
+    samples: dict[int, Sample] = {}
     sampler = ContextSampler(training_starts(config.env), config.sampling, config.run.seed)
     groups = {"accepted": 0, "rejected": 0}
     played: dict[int, list[tuple[bool, Start]]] = {}
@@ -76,7 +77,8 @@ def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]
             outcomes = np.array([float(rollout.success) for rollout in rollouts])
             results += [(rollout.success, rollout.context.start) for rollout in rollouts]
             sampler.record(group, outcomes)
-            if samples.add(group, rollouts, outcomes):
+            if is_kept(outcomes, config.objective):
+                samples |= samples_of(group.id, [EpisodeReport.of(rollout) for rollout in rollouts], rollouts)
                 accepted.append(group.id)
             print(f"update {step + 1}, group {group.id}: {int(outcomes.sum())}/{len(outcomes)}")
         learning_began = time.perf_counter()
@@ -90,13 +92,16 @@ def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]
         if goal is not None and success["rollout/success_low"] >= goal:
             print(f"train.stop_at={goal:g} is reached")
             break
-        samples.drop_older_than(step - config.train.max_staleness)
-        acting, diagnostics = learner.learn(step, samples, player)
-        save_policy(checkpoints / f"{step + 1:04d}", acting, about={"update": step + 1})
+        drop_older_than(samples, step - config.train.max_staleness)
+        shard, _ = make_shard(step, samples, config, demos)
+        torch.set_num_threads(config.scaling.learner_threads)
+        frames = player.render(without_frame(shard, samples), samples)
+        diagnostics = learner.learn(step, plan_steps(shard, shard.trajectories, config.train.micro_batch, frames))
+        save_policy(checkpoints / f"{step + 1:04d}", learner.acting, about={"update": step + 1})
         if config.run.keep_checkpoints is not None:
             best = best_in_rollouts(played)
             prune_checkpoints(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
-        player.adopt(acting, step + 1)
+        player.adopt(learner.acting, step + 1)
         row: dict[str, float] = {"update": step + 1, **success}
         row |= {"rollout/groups_accepted": len(accepted), "rollout/groups_rejected": rejected}
         row |= {"rollout/skipped_states": float(sampler.skipped)}
@@ -137,71 +142,6 @@ def train_alone(config: Config, policy: Policy, run_dir: Path) -> dict[str, Any]
         "seconds": seconds,
         "versions": versions(describe_renderer()),
     }
-
-
-class _Samples:
-    """Rollouts that are trained on, as the sample pool has them."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self.reports: dict[int, EpisodeReport] = {}
-        self.advantages: dict[int, float] = {}
-        self.trajectories: dict[int, Trajectory] = {}
-
-    def add(self, group: Group, rollouts: Sequence[Trajectory], rewards: np.ndarray) -> bool:
-        """Add a group, if it is one to learn from."""
-        if not is_kept(rewards, self._config.objective):
-            return False
-        first = group.id * len(rollouts)
-        for i, (rollout, advantage) in enumerate(zip(rollouts, leave_one_out(rewards), strict=True), first):
-            self.reports[i], self.trajectories[i] = EpisodeReport.of(rollout), rollout
-            self.advantages[i] = float(advantage)
-        return True
-
-    def drop_older_than(self, version: int) -> None:
-        """Drop what was played with weights before ``version``."""
-        for i in [i for i, report in self.reports.items() if report.policy_version < version]:
-            del self.reports[i], self.trajectories[i], self.advantages[i]
-
-
-class _Learner:
-    """Updates a copy of the starting policy.
-
-    Args:
-        config: the whole configuration.
-        policy: the starting policy.
-    """
-
-    def __init__(self, config: Config, policy: Policy) -> None:
-        self._config = config
-        self._start = cpu_weights(policy)
-        self._policy = build_policy(policy.describe(), self._start).float()
-        anchored = config.train.anchor > 0
-        self._anchor = build_policy(policy.describe(), self._start).float().requires_grad_(False) if anchored else None
-        self._acting = self._policy
-        self._demos = number_demos([(EpisodeReport.of(demo), demo) for demo in demonstrations_to_show(config, policy)])
-
-    def learn(self, step: int, samples: _Samples, player: Player) -> tuple[Policy, dict[str, float]]:
-        """One update, whose missing frames the player renders: the policy to act with, and diagnostics."""
-        config = self._config
-        shard, _ = make_shard(step, samples.reports, samples.advantages, samples.trajectories, config, self._demos)
-        torch.set_num_threads(config.scaling.learner_threads)
-        frames = player.missing_frames(shard.windows, samples.trajectories)
-        steps = plan_steps(shard, shard.trajectories, config.train.micro_batch, frames)
-        diagnostics: dict[str, float] = {}
-        if steps:  # else what acts goes on acting
-            if config.train.restart:
-                self._policy.load_state_dict(self._start)
-            self._acting, diagnostics = update(
-                self._policy,
-                steps,
-                config.train,
-                config.objective,
-                update_generator(config.run.seed, step, rank=0),
-                anchor=self._anchor,
-                averaging=config.train.averages(step),
-            )
-        return self._acting, {"steps": float(len(steps))} | diagnostics
 
 
 class Player:
@@ -255,21 +195,16 @@ class Player:
             group = waiting.popleft()
             yield group, [self._play(context, acting.guidance, exploring=True) for context in group.contexts]
 
-    def missing_frames(
-        self, windows: np.ndarray, trajectories: dict[int, Trajectory]
+    def render(
+        self, keys: Sequence[tuple[int, int]], samples: Mapping[int, Sample]
     ) -> dict[tuple[int, int], np.ndarray]:
-        """The frames that the policy did not see where these windows start."""
-        seen = {
-            i: set(trajectories[i].frame_steps.tolist()) for i in {int(i) for i in windows[:, 0]} & trajectories.keys()
-        }
-        missing: dict[int, list[int]] = {}
-        for i, start in windows.tolist():
-            if i >= 0 and start not in seen[i]:
-                missing.setdefault(i, []).append(start)
-        frames: dict[tuple[int, int], np.ndarray] = {}
-        for i, starts in missing.items():
-            rendered = render_steps(self._enter(trajectories[i].context.env_id), trajectories[i], starts)
-            frames |= {(i, start): frame for start, frame in zip(starts, rendered, strict=True)}
+        """Frames of trajectories before steps at which the policy did not look: uint8[C, H, W, 3] by identifier and
+        step.
+        """
+        frames = {}
+        for i, step in sorted(keys):  # one trajectory, and hence one task, after the other
+            trajectory = samples[i].trajectory
+            (frames[i, step],) = render_steps(self._enter(trajectory.context.env_id), trajectory, [step])
         return frames
 
     def _play(self, context: Context, guidance: float, exploring: bool) -> Trajectory:

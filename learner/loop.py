@@ -22,14 +22,14 @@ from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
-from learner.steps import plan_steps, update_generator
-from learner.update import NonFinite, Step, update
+from learner.learner import Learner
+from learner.steps import plan_steps
+from learner.update import NonFinite, Step
 from ript_ray.config import Config
 from ript_ray.policies.checkpoints import (
     UNAVERAGED,
-    build_policy,
     cpu_weights,
     from_published,
     load_policy,
@@ -124,16 +124,15 @@ def train_loop(settings: dict[str, Any]) -> None:
         device = torch.device("cpu")  # an update takes each learner's part to its GPU
     torch.set_num_threads(config.scaling.learner_threads)
     start = from_published(ray.get(settings["weights"][0], timeout=limit))
-    policy = build_policy(settings["description"], start).float().to(device)
-    anchored = config.train.anchor > 0
-    anchor = build_policy(settings["description"], start).float().to(device).requires_grad_(False) if anchored else None
+    learner = Learner(config, settings["description"], start, rank, device, mesh)
     memory = PeakMemory()
     home = settings["home"]
     published = ray.get(store.newer_than.remote(0), timeout=limit)
     first = 0 if published is None else published[0]
     # Only the first publishes, and an update that starts anew needs nothing of the one before.
-    acting = _go_on(policy, first, home) if first and (rank == 0 or not config.train.restart) else policy
-    worker = _Worker(rank, mesh, anchor, coordinator, store, memory, home)
+    if first and (rank == 0 or not config.train.restart):
+        _go_on(learner, first, home)
+    worker = _Worker(rank, coordinator, store, memory, home)
     if (reason := ray.get(coordinator.diagnosis.remote(), timeout=limit)) is not None:
         raise RuntimeError(reason)  # it was not the process: the update would fail again
     if rank == 0:
@@ -154,24 +153,18 @@ def train_loop(settings: dict[str, Any]) -> None:
         if config.scaling.learners:  # else this is the driver, which has all of them, and may have to leave Ray
             prefetch(list(shard.trajectories.values()), limit)
         steps = plan_steps(shard, _Trajectories(shard.trajectories, limit), config.train.micro_batch, frames)
-        diagnostics: dict[str, float] = {}
-        if steps:  # else what acts goes on acting
-            if config.train.restart:
-                policy.load_state_dict(start)
-            acting = policy  # lets go of the average of the last update
-            acting, diagnostics = _learn(policy, steps, shard.step, config, worker)
-            gc.collect()  # a divided policy refers to itself
-            torch.cuda.empty_cache()  # rollout actors may share this GPU
+        diagnostics = _learn(learner, step, steps, config, worker)
+        gc.collect()  # a divided policy refers to itself
+        torch.cuda.empty_cache()  # rollout actors may share this GPU
         busy = time.perf_counter() - began
-        row = {"learner/steps": float(len(steps))}
-        row |= {f"learner/{name}": value for name, value in diagnostics.items()}
+        row = {f"learner/{name}": value for name, value in diagnostics.items()}
         idle, busy = idle + frames.waited_s, busy - frames.waited_s
         row |= {"learner/frames_wait_s": frames.waited_s}
         row |= {"learner/busy_s": busy, "learner/idle_s": idle, "learner/peak_memory_mb": memory.read_mb()}
         if rank == 0:
             # Before the checkpoint: once that is there, the update is not done again.
             ray.get(coordinator.log.remote({"update": step + 1} | row), timeout=limit)
-            _publish(step + 1, policy, acting, config, worker)
+            _publish(step + 1, learner, config, worker)
         ray.train.report(row)
 
 
@@ -180,29 +173,27 @@ class _Worker:
     """What all updates of a worker have in common."""
 
     rank: int
-    mesh: DeviceMesh | None
-    """Of the learners, where they divide the weights among them."""
-    anchor: Policy | None
     coordinator: Any
     store: Any
     memory: PeakMemory
     home: Any
 
 
-def _go_on(policy: Policy, update: int, home: Any) -> Policy:
-    """Take up the weights after ``update``, which an earlier group made; returns the policy that acts."""
-    checkpoints = home.run_dir / "checkpoints"
+def _go_on(learner: Learner, version: int, home: Any) -> None:
+    """Take up the weights of a version that an earlier group made."""
+    checkpoints, policy = home.run_dir / "checkpoints", learner.policy
     with (
-        home.reading(checkpoints / f"{update:04d}") as acted,
-        home.reading(checkpoints / UNAVERAGED.format(update)) as unaveraged,
+        home.reading(checkpoints / f"{version:04d}") as acted,
+        home.reading(checkpoints / UNAVERAGED.format(version)) as unaveraged,
     ):
         averaged = unaveraged.exists()
         policy.load_state_dict(load_policy(unaveraged if averaged else acted).state_dict())
-        return load_policy(acted).float().to(next(policy.parameters()).device) if averaged else policy
+        learner.acting = load_policy(acted).float().to(next(policy.parameters()).device) if averaged else policy
 
 
-def _publish(version: int, policy: Policy, acting: Policy, config: Config, worker: _Worker) -> None:
+def _publish(version: int, learner: Learner, config: Config, worker: _Worker) -> None:
     """Write the checkpoint, then give the weights to the rollout actors."""
+    policy, acting = learner.policy, learner.acting
     limit, home = config.scaling.wait_timeout_s, worker.home
     checkpoints = home.run_dir / "checkpoints"
     arrays, sha256 = to_publish(acting, config.policy.precision)
@@ -217,15 +208,12 @@ def _publish(version: int, policy: Policy, acting: Policy, config: Config, worke
         home.prune(checkpoints, config.run.keep_checkpoints, best, config.train.spared)
 
 
-def _learn(
-    policy: Policy, steps: list[Step], number: int, config: Config, worker: _Worker
-) -> tuple[Policy, dict[str, float]]:
-    """Update ``number``, see `update`, with its progress told and what was not finite saved.
+def _learn(learner: Learner, step: int, steps: list[Step], config: Config, worker: _Worker) -> dict[str, float]:
+    """One update, see `Learner.learn`, with its progress told and what was not finite saved.
 
     Raises:
         RuntimeError: when a NaN or an infinity turned up; it names the file with the samples of the step.
     """
-    generator = update_generator(config.run.seed, number, worker.rank)
     show = max(1, len(steps) // 100)
 
     def on_step(index: int, loss: float) -> None:
@@ -233,25 +221,15 @@ def _learn(
             return
         worker.memory.read_mb()
         if worker.rank == 0:
-            worker.coordinator.learning.remote(number, index, len(steps))
+            worker.coordinator.learning.remote(step, index, len(steps))
 
     try:
-        return update(
-            policy,
-            steps,
-            config.train,
-            config.objective,
-            generator,
-            on_step,
-            worker.anchor,
-            worker.mesh,
-            averaging=config.train.averages(number),
-        )
+        return learner.learn(step, steps, on_step)
     except NonFinite as error:
-        file = worker.home.run_dir / "faults" / f"update-{number + 1}-rank-{worker.rank}.safetensors"
+        file = worker.home.run_dir / "faults" / f"update-{step + 1}-rank-{worker.rank}.safetensors"
         with worker.home.writing(file) as place:
             save_batch(place, [load() for load in steps[error.step].micro_batches])
-        reason = f"update {number + 1}, {error}; the samples of this step are in {file}"
+        reason = f"update {step + 1}, {error}; the samples of this step are in {file}"
         ray.get(worker.coordinator.diagnose.remote(reason), timeout=config.scaling.wait_timeout_s)
         raise RuntimeError(reason) from error
 

@@ -1,4 +1,4 @@
-"""From a shard to the optimiser steps of an update, and the random numbers of each. No Ray here."""
+"""From a shard to the optimiser steps of an update. No Ray here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import partial
 from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from learner.update import Step
 from ript_ray.data.windows import gather
@@ -34,8 +33,3 @@ def plan_steps(
         )
         for rows in shard.order
     ]
-
-
-def update_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """The random numbers of a learner in an update: the same when the update is done again."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + rank)

@@ -205,12 +205,23 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A rollout that is trained on, or a demonstration."""
+
+    report: EpisodeReport
+    trajectory: Any
+    """Itself, or its object reference."""
+    advantage: float
+    """Leave-one-out within its group; 1 for a demonstration, which is always good."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """What one learner trains on in one step of the loop."""
 
     step: int
     trajectories: dict[int, Any]
-    """Object references by identifier."""
+    """Themselves, or their object references, by identifier."""
     advantages: dict[int, float]
     """Leave-one-out, within the group or the task; 0 for what is neither good nor bad."""
     weights: dict[int, float]

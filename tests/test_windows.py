@@ -11,7 +11,7 @@ from ript_ray.data.shards import make_shard, number_demos
 from ript_ray.data.storage import load_trajectories, save_trajectories
 from ript_ray.data.windows import batches_with_good, gather, seen_starts, shuffled_batches, window_starts
 from ript_ray.errors import UserError
-from ript_ray.types import EpisodeReport, Window
+from ript_ray.types import EpisodeReport, Sample, Trajectory, Window
 
 
 @pytest.mark.parametrize(("length", "count"), [(50, 1), (80, 31), (100, 51), (137, 88)])
@@ -41,6 +41,12 @@ def test_gather_copies_what_a_slice_would_give_and_masks_the_rest() -> None:
     assert batch.advantages.tolist() == [1.0, 1.0, -1.0]
 
 
+def samples(members: list[Trajectory], *advantages: float) -> dict[int, Sample]:
+    """Of trajectories, which are as good as each other where nothing is said."""
+    told = advantages or [0.0] * len(members)
+    return {i: Sample(EpisodeReport.of(t), t, told[i]) for i, t in enumerate(members)}
+
+
 def test_a_window_without_its_frame_is_an_error() -> None:
     with pytest.raises(KeyError, match="no frame at step 11"):
         gather([Window(0, 11)], {0: make_trajectory(80)}, {0: 0.0})
@@ -57,8 +63,7 @@ def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict
     objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "fastest": 0.5} | rule
     config = Config.model_validate({"objective": objective})
     members = [make_trajectory(length, success) for length, success in ((60, True), (99, True), (70, False))]
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
-    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    shard, _ = make_shard(0, samples(members), config)
     assert shard.weights[1] == shard.advantages[1] == 0.0
     assert shard.weights[0] > shard.weights[2]
 
@@ -67,8 +72,7 @@ def test_what_is_neither_good_nor_bad_has_no_weight_whatever_the_rule(rule: dict
 def test_failures_alone_make_no_update(name: str, baseline: str) -> None:
     config = Config.model_validate({"objective": {"name": name, "baseline": baseline}, "data": {"tail": "pad"}})
     members = [make_trajectory(length, False) for length in (60, 70, 80)]
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
-    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    shard, _ = make_shard(0, samples(members), config)
     assert (len(shard.order) > 0) == (name == "imitation")
 
 
@@ -77,19 +81,17 @@ def test_a_success_without_windows_makes_no_update() -> None:
         {"objective": {"name": "cfg", "baseline": "task"}, "data": {"tail": "drop", "short": "drop"}}
     )
     members = [make_trajectory(49, True), make_trajectory(70, False)]
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
-    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    shard, _ = make_shard(0, samples(members), config)
     assert shard.advantages[0] > 0
     assert len(shard.order) == 0
 
 
 @pytest.mark.parametrize(("normalise", "learns"), [("none", True), ("robust", False)])
 def test_successes_that_lost_their_weight_make_no_update(normalise: str, learns: bool) -> None:
-    objective = {"name": "advantage_weighted", "negatives": "relu", "baseline": "task", "normalise": normalise}
+    objective = {"name": "advantage_weighted", "negatives": "relu", "normalise": normalise}
     config = Config.model_validate({"objective": objective, "data": {"tail": "pad"}})
     members = [make_trajectory(60, i < 6) for i in range(10)]  # the middle one succeeded
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
-    shard, _ = make_shard(0, reports, dict.fromkeys(reports, 0.0), dict(enumerate(members)), config)
+    shard, _ = make_shard(0, samples(members, *[0.4] * 6, *[-0.6] * 4), config)
     assert min(shard.advantages[i] for i in range(6)) > 0
     assert (len(shard.order) > 0) == learns
 
@@ -99,18 +101,17 @@ def test_demonstrations_make_up_their_share_of_every_batch() -> None:
         {"data": {"demo_share": 0.25, "tail": "pad"}, "train": {"batch_size": 16, "micro_batch": 16, "epochs": 3}}
     )
     members = [make_trajectory(length, success) for length, success in ((60, True), (99, False), (70, False))]
-    reports = {i: EpisodeReport.of(trajectory) for i, trajectory in enumerate(members)}
     shown = [make_trajectory(80, True, seed=7), make_trajectory(55, True, seed=8)]
     demos = number_demos([(EpisodeReport.of(demo), demo) for demo in shown])
-    advantages = {0: 1.0, 1: -0.5, 2: -0.5}
-    shard, _ = make_shard(3, reports, advantages, dict(enumerate(members)), config, demos)
+    own_samples = samples(members, 1.0, -0.5, -0.5)
+    shard, _ = make_shard(3, own_samples, config, demos)
     from_demos = shard.windows[shard.order][..., 0] < 0
     assert (from_demos.sum(1) == 4).all()
     assert from_demos[:, :8].any()
     assert from_demos[:, 8:].any()
     assert {int(i) for i in shard.windows[:, 0]} == {-2, -1, 0, 1, 2}
     assert (shard.advantages[-1], shard.weights[-2]) == (1.0, 1.0)
-    plain, _ = make_shard(3, reports, advantages, dict(enumerate(members)), config)
+    plain, _ = make_shard(3, own_samples, config)
     own = [tuple(row) for row in shard.windows[shard.order[~from_demos]]]
     # Rollouts are gone through as often as without, in batches that are so much larger in number.
     assert len(own) == 3 * len(plain.windows) // 12 * 12
@@ -118,11 +119,11 @@ def test_demonstrations_make_up_their_share_of_every_batch() -> None:
         [Window(int(i), int(s)) for i, s in shard.windows[shard.order[0]]], shard.trajectories, shard.weights
     )
     assert len(batch) == 16
-    nothing, _ = make_shard(3, {}, {}, {}, config, demos)  # no rollouts were kept
+    nothing, _ = make_shard(3, {}, config, demos)  # no rollouts were kept
     assert len(nothing.order) == 0
     one_camera = dataclasses.replace(shown[0], frames=shown[0].frames[:, :1])
     with pytest.raises(UserError, match="1 and 2 cameras"):
-        make_shard(3, reports, advantages, dict(enumerate(members)), config, {-1: (EpisodeReport.of(one_camera), None)})
+        make_shard(3, own_samples, config, number_demos([(EpisodeReport.of(one_camera), None)]))
 
 
 def test_shuffled_batches_are_whole_passes() -> None:

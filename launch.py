@@ -521,6 +521,7 @@ def finish_or_find(config: Config) -> dict[str, Any] | None:
     from cluster.rundir import run_to_go_on_with
     from cluster.storage import stored
 
+    was_here = config.run.dir is not None and (Path(config.run.dir) / "journal.jsonl").exists()
     run = run_to_go_on_with(config)
     if run is None:
         return None
@@ -529,8 +530,12 @@ def finish_or_find(config: Config) -> dict[str, Any] | None:
         scaling = fit_actors(config.model_copy(update={"policy": start})).scaling
         return go_on(config.model_copy(update={"scaling": scaling}), run.folder)
     print(f"{run.folder}: {run.state()}")
-    with stored(config.run.storage, run.folder, config.run.keep_checkpoints):
-        pass  # what was not copied when it finished
+    if was_here:
+        try:
+            with stored(config.run.storage, run.folder, config.run.keep_checkpoints):
+                pass  # what was not copied when it finished
+        except UserError as error:
+            print(f"note: {error}", file=sys.stderr)
     return run.summary
 
 
@@ -583,8 +588,11 @@ def dispatch(command: str, settings: list[str], config_file: Path) -> dict[str, 
         return earlier
     if command == "train":
         from ript_ray.algos.objectives import check_objective
+        from ript_ray.config.rules import notes
 
         check_objective(config)
+        for note in notes(config):
+            print(f"note: {note}", file=sys.stderr)
     if command == "train" and not config.scaling.ray:
         return train_without_ray(config, new_run_dir(config, command))
     config = fit_actors(config) if config.scaling.ray else config

@@ -202,6 +202,10 @@ class Coordinator:
         """Handles of the rollout actors that are there now."""
         return self._dispatcher.there
 
+    def rollout_actors(self) -> list[Any]:
+        """Handles of all, also of those that are not there, or seem not to be."""
+        return [*self._dispatcher.there, *self._dispatcher.absent]
+
     def totals(self) -> dict[str, Any]:
         """Sums over the whole run, for the summary."""
         totals = self._totals.summary()

@@ -141,7 +141,7 @@ class RolloutActor:
     def check_policy(self) -> None:
         """Raise `UserError` when the policy is not one for this world. It needs no weights yet."""
         if self._current.world is not None and self._policy is not None:
-            check_world(self._current.world, empty_policy(self._description).transform, self._config.env)
+            check_world(self._current.world, empty_policy(self._description).transform)
 
     def renderer(self) -> str:
         """The OpenGL backend in use, with its device."""

@@ -74,13 +74,14 @@ class Monitor:
         self._thread.join(timeout=30)
         if not self._thread.is_alive():  # without a handler its signal would end this process
             signal.signal(_INTERRUPT, self._before)
-        if self._stalled is None:
+        interrupted = kind is KeyboardInterrupt and self._stalled is not None
+        if not interrupted:
             self._poll()
         with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, or works on
             ray.get(self._coordinator.close.remote(), timeout=_ANSWER_S)
         with contextlib.suppress(OSError):
             self._bar.close()
-        if kind is KeyboardInterrupt and self._stalled is not None:
+        if interrupted and self._stalled is not None:
             raise self._stalled
 
     def watch(self, collecting: Any, pool: Any) -> None:
@@ -101,6 +102,7 @@ class Monitor:
             while not self._stop.wait(1.0):
                 self._look()
         except Exception as error:  # without supervision the job must not go on: its waits would have no end
+            log.exception("the monitor ends the job")
             self._stalled = error
             signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
 

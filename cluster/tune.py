@@ -141,7 +141,8 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
             "tune.search is empty: expected keys with lists or ranges, for example "
             "'tune.search={train.lr: {low: 1.0e-4, high: 1.0e-3, log: true}, objective.fastest: [0.5, 1.0]}'"
         )
-    if most_updates(config) < 2:
+    searched = config.tune.search.get("train.updates", [config.train.updates])
+    if (searched.get("low", 2) if isinstance(searched, dict) else min(searched, default=2)) == 1:
         raise UserError(
             "train.updates=1: trials are compared by their last update's rollouts, and those of the first are played "
             "by the starting policy; set train.updates=2 or more"

@@ -221,5 +221,5 @@ class Player:
 
     def _make(self, env_id: str, image_size: int, max_steps: int | None) -> World:
         world = make(env_id, image_size, max_steps)
-        check_world(world, self.policy.transform, self._config.env)
+        check_world(world, self.policy.transform)
         return world

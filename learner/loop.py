@@ -48,6 +48,10 @@ KEEP_FREED_MEMORY = {
 }
 
 
+_MOST_DEATHS = 3
+"""Of rollout actors by the same frames: then it is the frames."""
+
+
 def learner_group(config: Config, policy: Policy, pool: Any, store: Any, coordinator: Any, home: Any) -> TorchTrainer:
     """The group of ``scaling.learners`` workers; its ``fit`` returns after ``train.updates`` updates.
 
@@ -293,20 +297,30 @@ class RenderedFrames(dict[tuple[int, int], np.ndarray]):
         """The same frames by whichever actor is free first: uint8[n, C, H, W, 3].
 
         Raises:
-            TimeoutError: when none is.
+            RuntimeError: when several die of it.
+            TimeoutError: when none is free.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline, died = time.monotonic() + self._timeout_s, 0
         while (left := deadline - time.monotonic()) > 0:
-            present = ray.get(self._coordinator.present.remote(), timeout=self._timeout_s)
-            asked = {actor.awake.remote(): actor for actor in present}
+            actors = ray.get(self._coordinator.rollout_actors.remote(), timeout=self._timeout_s)
+            asked = {actor.awake.remote(): actor for actor in actors}
             while asked and (free := ray.wait(list(asked), timeout=left)[0]):
-                with contextlib.suppress(ray.exceptions.RayActorError):  # it is the next one's turn
-                    frames: np.ndarray = ray.get(asked.pop(free[0]).render.remote(job), timeout=self._timeout_s)
+                actor = asked.pop(free[0])
+                try:
+                    ray.get(free[0])
+                except ray.exceptions.RayActorError:  # it is gone already
+                    continue
+                try:
+                    frames: np.ndarray = ray.get(actor.render.remote(job), timeout=self._timeout_s)
                     return frames
+                except ray.exceptions.RayActorError as error:
+                    died += 1
+                    if died == _MOST_DEATHS:
+                        raise RuntimeError(f"{died} rollout actors died of frames of {job.env_id}: {error}") from error
             time.sleep(1.0)
         raise TimeoutError(
             f"a learner waited {self._timeout_s:.0f} s for a rollout actor to make frames that were lost with another; "
-            "see the faults in run.log, or raise scaling.wait_timeout_s"
+            "see 'ray list actors', or raise scaling.wait_timeout_s"
         )
 
 

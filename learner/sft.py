@@ -11,7 +11,7 @@ import torch
 
 from learner.update import Step, update
 from ript_ray.config import Config, ObjectiveConfig, SftConfig, resolve
-from ript_ray.data.demonstrations import frames_on_disk, read_demonstrations
+from ript_ray.data.demonstrations import frames_on_disk, is_foreign, read_demonstrations, shrunk
 from ript_ray.data.windows import gather, gather_actions, seen_starts
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import build_policy, cpu_weights, load_policy, policy_class
@@ -28,15 +28,17 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
         The policy and the diagnostics of the update.
     """
     start = _policy_to_go_on_with(config) if config.sft.init else None
-    # A π0 makes its frames of any; they are made here, once, since what a camera sees would take more room.
-    frame_size = config.env.image_size if start is None else start.transform.smallest_frame_size
+    frame_size = config.env.image_size if start is None else start.transform.frame_size
     source = resolve(config.data.demos)
     found = read_demonstrations(source, config.env.ids[0], config.data, image_size=frame_size)
+    if start is not None and frame_size is None:  # it would make them smaller itself, at every step
+        found = (shrunk(demo, start.transform.smallest_frame_size) for demo in found)
     demos = frames_on_disk(found) if source.is_dir() else list(found)  # a dataset may be larger than the memory
-    if other := sorted({demo.context.env_id for demo in demos} - set(config.env.ids)):
+    tasks = sorted({demo.context.env_id for demo in demos})
+    if not set(tasks) <= set(config.env.ids):
         raise UserError(
-            f"data.demos={config.data.demos!r} is of {', '.join(other)}; expected demonstrations of env.id="
-            f"{config.env.id!r}: name others, or set env.id={','.join(other)}"
+            f"data.demos={config.data.demos!r} is of {', '.join(tasks)}; expected demonstrations of env.id="
+            f"{config.env.id!r}: name others, or set env.id={','.join(tasks)}"
         )
     pool = dict(enumerate(demos))
     windows = [
@@ -50,9 +52,10 @@ def train_on_demonstrations(config: Config, on_step: Callable[[int, float], None
     if start is not None:
         demo = demos[0]
         start.transform.check_sizes(f"data.demos={config.data.demos!r}", demo.states.shape[1], demo.actions.shape[1])
-        start.transform.check_frame_size(
-            f"data.demos={config.data.demos!r}: sft.init={config.sft.init!r}", demo.frames.shape[-2]
-        )
+        if not is_foreign(source):  # others' are as large as they are, and enlarged if need be
+            start.transform.check_frame_size(
+                f"data.demos={config.data.demos!r}: sft.init={config.sft.init!r}", demo.frames.shape[-2]
+            )
     elif config.train.anchor > 0:
         raise UserError(
             f"train.anchor={config.train.anchor:g} without sft.init: it would hold a new policy at its random weights; "

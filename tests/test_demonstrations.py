@@ -21,6 +21,7 @@ from ript_ray.data.demonstrations import (
     demonstrations_to_show,
     frames_on_disk,
     read_demonstrations,
+    shrunk,
 )
 from ript_ray.data.lerobot.layout import Keys
 from ript_ray.data.lerobot.write import write_dataset
@@ -200,6 +201,13 @@ def test_imitation_teaches_no_condition_and_hurries_none(point_start: Path) -> N
 
     usual, hurried = learnt(), learnt(condition_lr=100.0)
     assert all(usual[name].equal(hurried[name]) for name in usual)
+
+
+def test_frames_are_made_smaller_and_never_larger() -> None:
+    demo = dataclasses.replace(make_trajectory(20), frames=np.zeros((2, 2, 24, 40, 3), dtype=np.uint8))
+    assert shrunk(demo, 16).frames.shape == (2, 2, 16, 16, 3)
+    for size in (1, 40, 224):  # 1: of a policy that takes any
+        assert shrunk(demo, size) is demo
 
 
 def test_files_of_this_project_and_what_is_none(tmp_path: Path) -> None:

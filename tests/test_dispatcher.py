@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from conftest import make_policy, make_trajectory
+from ray.exceptions import RayActorError
 
 from actors.coordinator import Coordinator
 from actors.dispatcher import Dispatcher, Episode
@@ -19,7 +20,7 @@ from ript_ray.config import Config, ScalingConfig
 from ript_ray.data.storage import save_episode
 from ript_ray.errors import UserError
 from ript_ray.policies.checkpoints import save_policy
-from ript_ray.types import Context, EpisodeRecord, EpisodeReport, Trajectory
+from ript_ray.types import Context, EpisodeRecord, EpisodeReport, FrameJob, Trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -187,6 +188,42 @@ def test_a_run_that_ended_since_nothing_could_be_played_goes_on_once_that_is_men
         evaluated(Breaker.remote())
     results = evaluated(Quick.remote(report(FINE)))
     assert results == [None, None, True, True]  # two had been set aside before the third was too much
+
+
+@ray.remote(num_cpus=0)
+class Painter:
+    """Takes a while to make frames."""
+
+    def __init__(self, played: EpisodeReport) -> None:
+        self._played = played
+
+    def awake(self) -> str:
+        return ""
+
+    def render(self, job: FrameJob) -> str:
+        time.sleep(3.0)
+        return job.env_id
+
+    def collect(self, context: Context, *_: Any) -> tuple[EpisodeReport, str]:
+        return dataclasses.replace(self._played, context=context), "a trajectory"
+
+
+def test_an_actor_that_is_lost_while_it_makes_frames_is_known_to_be_gone(tmp_path: Path) -> None:
+    gone, other = (Painter.remote(report(FINE)) for _ in range(2))
+    ray.get([gone.awake.remote(), other.awake.remote()], timeout=60)
+    dispatcher = Dispatcher([gone, other], ScalingConfig(), Journal(tmp_path))
+    lost, made = dispatcher.render([FrameJob("a", ()), FrameJob("b", ())])
+    ray.kill(gone)
+    for seed in range(3):
+        dispatcher.submit(Episode(-1, Context("libero_object/0", 25, seed), guidance=1.0))
+    outcomes = [dispatcher.next() for _ in range(3)]
+    assert all(outcome is not None and outcome.report is not None for outcome in outcomes)
+    assert dispatcher.there == [other]
+    assert any("lost while it made frames" in error for error in dispatcher.errors), dispatcher.errors
+    assert ray.get(made, timeout=60) == "b"
+    with pytest.raises(RayActorError):
+        ray.get(lost, timeout=60)
+    ray.kill(other)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -59,6 +59,7 @@ def launch(*arguments: str, timeout: int = 500) -> subprocess.CompletedProcess[s
         (["tune", "tune.search={train.lr: {low: 1}}"], "expected a list, or low and high"),
         (["tune", "tune.search={eval.guidance: [1, 2]}"], "eval.guidance has no say in the rollouts"),
         (["tune", "tune.search={train.lr: [1.0e-4, 2.0e-4]}", "train.updates=1"], "set train.updates=2 or more"),
+        (["tune", "tune.search={train.updates: [1, 4]}"], "set train.updates=2 or more"),
         (["train", "--config", "configs/default.yaml", "--resume", "runs/x"], "a run has its configuration"),
         (["bench", "objectives", "bench.objectives=[imitatoin]"], "did you mean 'imitation'"),
         (["bench", "objectives", "bench.objectives=[nobody:loss]"], "No module named 'nobody'"),

@@ -734,6 +734,23 @@ def test_hdf5_demonstrations(tmp_path: Path) -> None:
     np.testing.assert_array_equal(upright, demos[0]["obs/agentview_rgb"][0][:, ::-1])
 
 
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_episodes_of_a_file_that_is_not_whole_may_be_left_out(how: str, tmp_path: Path) -> None:
+    made = [complete(12, 0), complete(60, 1), complete(9, 2), complete(30, 3)]
+    write_dataset(tmp_path / "it", iter(made), data_files_size_in_mb=0.02)
+    files = sorted((tmp_path / "it/data").glob("*/*.parquet"))
+    gone = sorted(set(pq.read_table(files[1])["episode_index"].to_pylist()))
+    assert len(files) >= 3
+    if how == "missing":
+        files[1].unlink()
+    else:
+        files[1].write_bytes(files[1].read_bytes()[:100])
+    read = list(read_dataset(tmp_path / "it", env_id="x", out=gone))
+    assert [t.context.seed for t in read] == [i for i in range(len(made)) if i not in gone]
+    with pytest.raises(UserError, match=files[1].name):
+        list(read_dataset(tmp_path / "it", env_id="x"))
+
+
 def test_frames_of_hdf5_demonstrations_are_scaled_as_those_of_datasets(tmp_path: Path) -> None:
     path = tmp_path / "x_demo.hdf5"
     libero_file(path)

@@ -14,15 +14,12 @@ from test_launch import launch
 
 from benchmarks.stock import random_actions
 from launch import main
-from ript_ray.config import EnvConfig
 from ript_ray.data.storage import load_episode, save_episode
 from ript_ray.envs import make
 from ript_ray.envs.gymnasium_world import GymnasiumWorld
 from ript_ray.envs.tasks import ROBOSUITE_TASKS
 from ript_ray.errors import UserError
 from ript_ray.policies.acting import Acting
-from ript_ray.policies.starting import check_world
-from ript_ray.policies.transform import Transform
 from ript_ray.replay import replay_episode
 
 IMAGES = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
@@ -394,19 +391,10 @@ def test_what_is_no_picture_in_colours_is_no_camera() -> None:
         GymnasiumWorld("tests/Masked-v0", 8)
 
 
-def test_a_world_must_have_the_initial_states_that_are_asked_for() -> None:
+def test_an_initial_state_that_there_is_not_is_named_with_the_setting() -> None:
     world = GymnasiumWorld("tests/Buffers-v0", 8)
-    world.num_init_states = 30
-    transform = Transform(
-        state_mean=(0.0,), state_std=(1.0,), action_mean=(0.0,), action_std=(1.0,), relative=(False,), image_size=8
-    )
-    check_world(world, transform, EnvConfig(train_init_states=(0, 20), eval_init_states=(20, 30)))
-    with pytest.raises(UserError, match=r"eval_init_states=\[25, 50\]: gymnasium/tests/Buffers-v0 has 30 initial"):
-        check_world(world, transform, EnvConfig(train_init_states=(0, 20)))
-    with pytest.raises(UserError, match=r"env\.train_init_states=\[0, 40\]"):
-        check_world(world, transform, EnvConfig(train_init_states=(0, 40), eval_init_states=(20, 30)))
-    states = (0, 40)  # none of which is trained on
-    check_world(world, transform, EnvConfig(train_placements=9, train_init_states=states, eval_init_states=(20, 30)))
+    with pytest.raises(UserError, match=r"init_state=50: .* has states 0 to 49; set env\.train_init_states and"):
+        world.reset(options={"init_state": 50})
 
 
 def test_what_a_gymnasium_environment_lacks_is_named() -> None:

@@ -34,7 +34,7 @@ def check(config: Config) -> None:
     Raises:
         ValueError: for the first that does not hold.
     """
-    for rule in (_states, _budget, _goal, _asynchrony, _actors, _learners, _demonstrations, _used):
+    for rule in (_states, _budget, _goal, _asynchrony, _actors, _learners, _demonstrations):
         rule(config)
     check_objective(config, TRAITS.get(config.objective.name, OWN))
 
@@ -183,21 +183,25 @@ def _demonstrations(config: Config) -> None:
         )
 
 
-def _used(config: Config) -> None:
-    """Has every setting of the objective that was changed a say?"""
+def notes(config: Config) -> list[str]:
+    """What a user may not have meant, to be said when a run begins."""
     objective = config.objective
+    found = []
     if objective.own and objective.name in TRAITS:
-        raise ValueError(
-            f"objective.own={objective.own} with objective.name={objective.name}: it is for objectives by "
-            "module:function; leave it out"
-        )
+        found.append(f"objective.own has no say with objective.name={objective.name}: it is for module:function")
     for key, used in _USED.items():
         value = getattr(objective, key)
         if objective.name in TRAITS and value != ObjectiveConfig.model_fields[key].default and not used(objective):
-            raise ValueError(
-                f"objective.{key}={value:g} with objective.name={objective.name}, negatives={objective.negatives}, "
-                f"clip={objective.clip}: it has no say there; leave it out"
+            found.append(
+                f"objective.{key}={value:g} has no say with objective.name={objective.name}, negatives="
+                f"{objective.negatives}, clip={objective.clip}"
             )
+    if objective.normalise == "robust" and objective.baseline == "task":
+        found.append(
+            "objective.normalise=robust with objective.baseline=task: all successes have the same advantage, and once "
+            "most rollouts succeed it is the median, from which nothing is learnt; standard would do"
+        )
+    return found
 
 
 def _weights(config: Config, traits: Traits) -> None:
@@ -232,12 +236,6 @@ def _weights(config: Config, traits: Traits) -> None:
         raise ValueError(
             f"objective.normalise=min_max with objective.negatives={objective.negatives}: no advantage is negative "
             "then, so failures would be imitated; set objective.normalise=none (or standard)"
-        )
-    if objective.normalise == "robust" and objective.baseline == "task":
-        raise ValueError(
-            "objective.normalise=robust with objective.baseline=task: all successes have the same advantage there, "
-            "and once most rollouts succeed it is the median, from which nothing is learnt; set "
-            "objective.normalise=standard"
         )
     if not traits.weighs:
         for key in ("normalise", "clip", "negatives"):

@@ -73,6 +73,16 @@ def read_demonstrations(
     return iter(load_trajectories(path))
 
 
+def is_foreign(path: Path) -> bool:
+    """Is it of others: a LeRobot dataset or HDF5? Such names no task, but says what was to be done."""
+    return path.is_dir() or path.suffix in _HDF5
+
+
+def shrunk(demo: Trajectory, size: int) -> Trajectory:
+    """The same with frames of at most ``size`` pixels a side, where that is more than one."""
+    return _scaled(demo, size) if 1 < size < max(demo.frames.shape[2:4]) else demo
+
+
 def _scaled(demo: Trajectory, size: int) -> Trajectory:
     if demo.frames.shape[2:4] == (size, size):
         return demo
@@ -93,8 +103,7 @@ def demonstrations_to_show(config: Config, policy: Policy) -> list[Trajectory]:
     file = resolve(config.data.demos)
     found = read_demonstrations(file, config.env.ids[0], config.data, image_size=size)
     successes = (demo for demo in found if demo.success)
-    foreign = file.is_dir() or file.suffix in _HDF5  # names no task, but says what was to be done
-    demos = list(_of_these_tasks(successes, config.env.ids, key) if foreign else successes)
+    demos = list(_of_these_tasks(successes, config.env.ids, key) if is_foreign(file) else successes)
     if not any(starts_seen(EpisodeReport.of(demo), config.data) for demo in demos):
         raise UserError(f"{key}: no windows of successful demonstrations for data.demo_share; set data.tail=pad")
     for demo in demos:

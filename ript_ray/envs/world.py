@@ -143,7 +143,10 @@ def check_options(options: dict[str, Any] | None, world: World) -> ResetOptions:
     wanted = ResetOptions(**(options or {}))
     init_state = wanted.init_state
     if init_state is not None and not 0 <= init_state < world.num_init_states:
-        raise UserError(f"init_state={init_state}: {world.id} has states 0 to {world.num_init_states - 1}")
+        raise UserError(
+            f"init_state={init_state}: {world.id} has states 0 to {world.num_init_states - 1}; set "
+            "env.train_init_states and env.eval_init_states within them"
+        )
     return wanted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ript_ray.config import Config, DataConfig, EnvConfig, resolve
+from ript_ray.config import Config, DataConfig, resolve
 from ript_ray.data.windows import HORIZON
 from ript_ray.envs.world import World
 from ript_ray.errors import UserError
@@ -50,21 +50,14 @@ def check_chunk(what: str, policy: Policy, data: DataConfig) -> None:
         )
 
 
-def check_world(world: World, transform: Normalisation, env: EnvConfig) -> None:
-    """Can a policy with this transform act in a world, from the initial states that are asked for?
+def check_world(world: World, transform: Normalisation) -> None:
+    """Can a policy with this transform act in a world?
 
     Raises:
         UserError: when not.
     """
     transform.check_sizes(f"env.id={world.id!r}", world.state_dim, world.action_dim)
     transform.check_reach(f"env.id={world.id!r}")
-    asked = {"eval": env.eval_init_states} | ({} if env.train_placements else {"train": env.train_init_states})
-    for name, states in asked.items():
-        if states[1] > world.num_init_states:
-            raise UserError(
-                f"env.{name}_init_states={list(states)}: {world.id} has {world.num_init_states} initial states; "
-                f"expected an end of at most {world.num_init_states}"
-            )
 
 
 def load_starting_policy(config: Config, folder: Path | None = None) -> Policy:

@@ -59,17 +59,27 @@ def _places_v2(info: DatasetInfo, films: list[str]) -> list[Place]:
 
 
 def _places_v3(info: DatasetInfo, films: list[str]) -> list[Place]:
-    """Episodes follow each other through all data files. What the list says of their files and rows is not asked: until
-    2026-02 LeRobot's own converter named the file before for the first episode of a file, and once counted rows anew in
-    each file.
+    """Episodes follow each other through all data files. What the list says of their files and rows is only asked where
+    a file is missing or damaged: until 2026-02 LeRobot's own converter named the file before for the first episode of
+    a file, and once counted rows anew in each file.
     """
     places: list[Place] = []
     files, ends = _data_files(info)
     row = 0
+    starts: dict[Path, int] = {}
     for path, record in _episode_records(info, films):
         episode, length, tasks = _outline(record, path)
-        file = min(int(np.searchsorted(ends, row, side="right")), len(files) - 1)
-        data, first_row = files[file], row - (int(ends[file - 1]) if file else 0)
+        if files:
+            file = int(np.searchsorted(ends, min(row, info.frames - 1), side="right"))
+            data, first_row = files[file], row - (int(ends[file - 1]) if file else 0)
+        else:
+            data = _path(info, info.data_path, **_numbers(record, "data", path))
+            listed = entry(record, "dataset_from_index", int, path)
+            first_row = listed - starts.setdefault(data, listed)  # the first episode of a file starts with the file
+            if first_row < 0:
+                raise UserError(
+                    f"{path}: dataset_from_index of episode {episode} is {listed}, before its file; {COPY_AGAIN}"
+                )
         row += length
         paths = {}
         for film in films:
@@ -81,20 +91,20 @@ def _places_v3(info: DatasetInfo, films: list[str]) -> list[Place]:
 
 
 def _data_files(info: DatasetInfo) -> tuple[list[Path], np.ndarray]:
-    """All data files in order, and the number of rows up to the end of each."""
+    """All data files in order, and the number of rows up to the end of each; none if they are not whole."""
     _path(info, info.data_path, chunk_index=0, file_index=0)  # a pattern that leads elsewhere is refused
-    files = sorted(info.root.glob(re.sub(r"\{[^}]*\}", "*", str(info.data_path))))
-    if not files:
-        raise UserError(f"{info.root} has no data file {info.data_path}; {COPY_AGAIN}")
-    rows = []
-    for file in files:
-        with readable(file):
-            rows.append(pq.ParquetFile(file).metadata.num_rows)
-    return files, np.cumsum(rows)
+    found = info.root.glob(re.sub(r"\{[^}]*\}", "*", str(info.data_path)))
+    files = sorted(found, key=lambda file: [int(n) for n in re.findall(r"\d+", str(file.relative_to(info.root)))])
+    try:
+        rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
+    except (OSError, pa.ArrowException):  # told when its turn comes: its episodes may be left out
+        return [], np.zeros(0)
+    ends = np.cumsum(rows)
+    return (files, ends) if sum(rows) == info.frames else ([], ends)
 
 
 def _episode_records(info: DatasetInfo, films: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    columns = ["episode_index", "length", "tasks"]
+    columns = ["episode_index", "length", "tasks", "dataset_from_index", "data/chunk_index", "data/file_index"]
     for film in films:
         columns += [f"videos/{film}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
     paths = sorted((info.root / "meta/episodes").glob("*/*.parquet"))

@@ -6,6 +6,7 @@ contexts with the same noise; they are made once. What follows is each objective
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -180,15 +181,23 @@ def measure(config: Config) -> dict[str, Any]:
 
 def _begun(file: Path, config: Config, start_sha256: str) -> dict[str, Any]:
     """The result so far of the same comparison, from the same start, or an empty one."""
-    settings = config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
+    settings = _compared(config)
     settings |= {"rounds": config.bench.rounds, "start_sha256": start_sha256, "layout": LAYOUT}
     settings["variants"] = {name: changes | {"scales": list(_scales(name))} for name, changes in VARIANTS.items()}
     if file.exists():
         result: dict[str, Any] = json.loads(file.read_text())
-        if result["settings"] != settings:
+        known = result["settings"]
+        with contextlib.suppress(ValidationError):  # a newer version may know settings that it had not
+            known |= _compared(Config.model_validate({key: known[key] for key in Config.model_fields if key in known}))
+        if known != settings:
             raise UserError(f"{file} is of other settings or another layout; choose another run.dir, or remove it")
         return result
     return {"benchmark": "objectives", "env": config.env.id, "settings": settings, "runs": []}
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """The settings that a comparison stands for."""
+    return config.model_dump(mode="json", exclude={"bench": True, "run": {"dir", "mlflow_uri", "name"}})
 
 
 def _learn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.objectives import _begun
 from ript_ray.algos.advantages import is_mixed, leave_one_out, process
 from ript_ray.algos.objectives import OBJECTIVES, Draw, traits_of
-from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig
+from ript_ray.config import OBJECTIVE_NAMES, ObjectiveConfig, load_config
+from ript_ray.errors import UserError
 from ript_ray.policies.integration import (
     ChainStep,
     Explore,
@@ -22,6 +25,7 @@ from ript_ray.policies.integration import (
     log_prob_under,
 )
 from ript_ray.policies.policy import sample_time
+from ript_ray.reporting import write_json
 from ript_ray.types import Batch
 
 ROWS, STEPS, DIMS = 5, 4, 3
@@ -439,3 +443,18 @@ def test_a_stochastic_step_keeps_the_distribution() -> None:
     moved = torch.cat([chain.x[..., :2], chain.x[..., 2:] + 0.3], -1)
     torch.testing.assert_close(log_prob_under(moved, chain, real=2), told)
     assert (log_prob_under(moved, chain, real=3) - told).abs().min() > 1e-3
+
+
+def test_a_comparison_goes_on_in_a_version_with_more_settings(tmp_path: Path) -> None:
+    config = load_config(Path(__file__).parents[1] / "configs/objectives.yaml", [])
+    file = tmp_path / "objectives.json"
+    result = _begun(file, config, "start")
+    del result["settings"]["objective"]["own"], result["settings"]["sft"]
+    write_json(file, result | {"base": {"1": [True]}})
+    assert _begun(file, config, "start")["base"] == {"1": [True]}
+    for other in (
+        (file, config, "another start"),
+        (file, load_config(None, ["objective.alpha=0.2"]), "start"),
+    ):
+        with pytest.raises(UserError, match="is of other settings"):
+            _begun(*other)

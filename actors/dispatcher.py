@@ -156,7 +156,7 @@ class Dispatcher:
         Those of an actor that is lost fail: the learner has another make them, and they are the same.
         """
         references = []
-        asked = {}
+        asked = set()
         there = self.there or self.absent
         if not there:
             raise RuntimeError("no rollout actor is left to make frames")
@@ -164,7 +164,8 @@ class Dispatcher:
             fit = [actor for actor in there if self._at.get(actor) == job.env_id] or there
             actor = fit[turn % len(fit)]
             references.append(actor.render.remote(job))
-            asked[actor] = self._at[actor] = job.env_id
+            self._at[actor] = job.env_id
+            asked.add(actor)
         self._rendering |= {actor: actor.awake.remote() for actor in asked}
         return references
 

@@ -74,15 +74,15 @@ class Monitor:
         self._thread.join(timeout=30)
         if not self._thread.is_alive():  # without a handler its signal would end this process
             signal.signal(_INTERRUPT, self._before)
-        interrupted = kind is KeyboardInterrupt and self._stalled is not None
-        if not interrupted:
+        reason = self._stalled if kind is KeyboardInterrupt else None
+        if reason is None:
             self._poll()
         with contextlib.suppress(ray.exceptions.RayError):  # of a coordinator that is gone, or works on
             ray.get(self._coordinator.close.remote(), timeout=_ANSWER_S)
         with contextlib.suppress(OSError):
             self._bar.close()
-        if interrupted and self._stalled is not None:
-            raise self._stalled
+        if reason is not None:
+            raise reason
 
     def watch(self, collecting: Any, pool: Any) -> None:
         """End the learners when the collection of samples fails, instead of letting them wait for it."""

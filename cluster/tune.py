@@ -106,8 +106,13 @@ def _scheduler(updates: int) -> ASHAScheduler | None:
 
 def most_updates(config: Config) -> int:
     """Of any trial: one that has done as many is at its end."""
+    return max(_updates(config))
+
+
+def _updates(config: Config) -> list[int]:
+    """How many a trial may have; of a range both ends."""
     searched = config.tune.search.get("train.updates", [config.train.updates])
-    return int(searched["high"] if isinstance(searched, dict) else max(searched))
+    return [int(searched[end]) for end in ("low", "high")] if isinstance(searched, dict) else searched
 
 
 def _same_search(file: Path, begun: bool, config: Config, jobs: Config) -> None:
@@ -141,12 +146,6 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
             "tune.search is empty: expected keys with lists or ranges, for example "
             "'tune.search={train.lr: {low: 1.0e-4, high: 1.0e-3, log: true}, objective.fastest: [0.5, 1.0]}'"
         )
-    searched = config.tune.search.get("train.updates", [config.train.updates])
-    if (searched.get("low", 2) if isinstance(searched, dict) else min(searched, default=2)) == 1:
-        raise UserError(
-            "train.updates=1: trials are compared by their last update's rollouts, and those of the first are played "
-            "by the starting policy; set train.updates=2 or more"
-        )
     space = {}
     for key, values in config.tune.search.items():
         if key not in known_keys():
@@ -168,6 +167,11 @@ def search_space(config: Config, config_file: Path, settings: list[str]) -> dict
             )
         for value in tried:
             load_config(config_file, [*_of_jobs(settings), _word(key, value)])
+    if min(_updates(config)) == 1:
+        raise UserError(
+            "train.updates=1: trials are compared by their last update's rollouts, and those of the first are played "
+            "by the starting policy; set train.updates=2 or more"
+        )
     return space
 
 
